@@ -1,0 +1,469 @@
+"""One shard: a safetensors file that holds a fixed range of rows, complete and intact if it exists at all.
+
+    header   canonical JSON, see cache.py           offsets     i64 [R + 1]  where each block starts
+    payload  u8   the blocks, one after another     crc32c      u32 [R]      over everything a row depends on
+    starts, supervised  u8 [R, ceil(L / 8)] bits    input_hash  u64 [R]      of the row's input ids
+
+Writing goes to a temporary file that is renamed when it is safe on disk. Reading trusts nothing: the container
+is parsed here, not by the safetensors library, so that one range request per row also works over fsspec.
+
+Shapes: R rows of the shard, L tokens of a row.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import mmap
+import os
+import re
+import secrets
+import socket
+import struct
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+import numpy as np
+from crc32c import crc32c
+from numpy.typing import NDArray
+
+from .errors import FormatError, StorageError, VersionError
+
+Array = NDArray[Any]
+
+FORMAT = "sparsekd-cache"
+FORMAT_VERSION = 1
+MAX_HEADER = 16 * 2**20  # a hostile length field must not make us read more than this
+_KEY = "sparsekd"
+_DTYPES = {
+    "payload": "U8",
+    "offsets": "I64",
+    "crc32c": "U32",
+    "input_hash": "U64",
+    "starts": "U8",
+    "supervised": "U8",
+}
+_ITEM_BYTES = {"U8": 1, "U32": 4, "I64": 8, "U64": 8}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardRow:
+    """One row as a shard keeps it: `block` bytes, `input_hash` of its ids, and [L] bool masks."""
+
+    block: bytes
+    input_hash: int
+    starts: Array
+    supervised: Array
+
+
+# --- bytes that are the same everywhere -------------------------------------------------------------------
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one JSON text of a value: sorted keys, no spaces, ASCII; ValueError for NaN and infinities."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return text.encode()
+
+
+def strict_json(data: bytes, where: str) -> Any:
+    """The value of a JSON text; FormatError for duplicate keys, NaN, deep nesting and anything malformed."""
+    try:
+        return json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else ascii(str(error))
+        raise FormatError(f"{where}: its JSON cannot be read: {reason}") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError(f"a key is there twice among {sorted(key for key, _ in pairs)[:8]}")
+    return value
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def hash_ids(input_ids: Array) -> int:
+    """The first 8 bytes (little-endian) of blake2b over the ids as little-endian uint32."""
+    data = np.ascontiguousarray(input_ids, "<u4").tobytes()
+    return int.from_bytes(hashlib.blake2b(data).digest()[:8], "little")
+
+
+def sha256_file(path: str | Path) -> str:
+    """The sha256 of a local file or fsspec URL, as hex."""
+    digest = hashlib.sha256()
+    source = open_source(path)
+    try:
+        for start in range(0, source.size, 2**22):
+            digest.update(source.read(start, min(start + 2**22, source.size)))
+    finally:
+        source.close()
+    return digest.hexdigest()
+
+
+def _row_crc(index: int, starts: bytes, supervised: bytes, block: bytes) -> int:
+    """crc32c over the row's number in the cache (u64), its two masks and its block."""
+    crc: int = crc32c(block, crc32c(supervised, crc32c(starts, crc32c(struct.pack("<Q", index)))))
+    return crc
+
+
+def _index_crc(header: dict[str, Any], offsets: bytes, crcs: bytes, hashes: bytes) -> int:
+    crc: int = crc32c(hashes, crc32c(crcs, crc32c(offsets, crc32c(canonical_json(header)))))
+    return crc
+
+
+# --- writing ----------------------------------------------------------------------------------------------
+
+
+def write_shard(path: str | Path, header: dict[str, Any], rows: Iterable[ShardRow]) -> None:
+    """Writes the whole shard or nothing. The same header and rows always give the same bytes.
+
+    Raises:
+        StorageError: the disk is full or cannot be written; no half file is left.
+    """
+    from safetensors.numpy import save
+
+    tensors = _tensors(header["first_row"], list(rows))
+    if len(tensors["crc32c"]) != header["rows"]:
+        raise ValueError(f"the header says {header['rows']} rows, got {len(tensors['crc32c'])}")
+    index = [tensors[name].tobytes() for name in ("offsets", "crc32c", "input_hash")]
+    # One metadata key only: the library writes several in random order.
+    metadata = canonical_json({"header": header, "crc32c": _index_crc(header, *index)}).decode()
+    write_atomically(path, save(tensors, {_KEY: metadata}))
+
+
+def _tensors(first_row: int, rows: list[ShardRow]) -> dict[str, Array]:
+    starts = np.stack([np.packbits(row.starts, bitorder="little") for row in rows])
+    supervised = np.stack([np.packbits(row.supervised, bitorder="little") for row in rows])
+    crcs = [
+        _row_crc(first_row + i, starts[i].tobytes(), supervised[i].tobytes(), row.block)
+        for i, row in enumerate(rows)
+    ]
+    return {
+        "payload": np.frombuffer(b"".join(row.block for row in rows), np.uint8),
+        "offsets": np.cumsum([0, *(len(row.block) for row in rows)], dtype="<i8"),
+        "crc32c": np.array(crcs, "<u4"),
+        "input_hash": np.array([row.input_hash for row in rows], "<u8"),
+        "starts": starts,
+        "supervised": supervised,
+    }
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Puts `data` at `path` so that every reader, and every crash, sees the old file or the whole new one."""
+    path = Path(path)
+    temporary = path.parent / _temporary_name(path.name)
+    try:
+        _write_and_sync(temporary, data)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise StorageError(_storage_message(path, len(data), error)) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def _write_and_sync(path: Path, data: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        left = memoryview(data)
+        while left:
+            left = left[os.write(descriptor, left) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    """A rename is only safe from a power cut once its folder is synced; Windows cannot open folders."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _storage_message(path: Path, size: int, error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"no space left for {path} ({size} bytes); every file finished before is kept: "
+            "free some space and run the same command again to continue"
+        )
+    return f"cannot write {path} ({size} bytes): {error.strerror or error}; files finished before are kept"
+
+
+def _temporary_name(name: str) -> str:
+    host = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())
+    return f".{name}.{host}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+
+
+def temporary_owner(name: str) -> tuple[str, int] | None:
+    """(host, process id) of the writer of a temporary file; None when the name is not one of ours."""
+    match = re.fullmatch(r"\..+\.([A-Za-z0-9-]*)\.(\d{1,9})\.[0-9a-f]{8}\.tmp", name)
+    return (match[1], int(match[2])) if match else None
+
+
+# --- where the bytes come from ----------------------------------------------------------------------------
+
+
+class Source(Protocol):
+    """Random access to the bytes of one file."""
+
+    size: int
+
+    def read(self, start: int, end: int) -> bytes: ...
+    def close(self) -> None: ...
+
+
+class _Mapped:
+    """A local file, memory-mapped; slices are copies, so closing never pulls memory from under an array."""
+
+    def __init__(self, path: str | Path) -> None:
+        with open(path, "rb") as file:
+            self.size = os.fstat(file.fileno()).st_size
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else None
+
+    def read(self, start: int, end: int) -> bytes:
+        return self._map[start:end] if self._map else b""
+
+    def close(self) -> None:
+        if self._map:
+            self._map.close()
+
+
+class _Ranges:
+    """A file behind an fsspec URL, read by byte ranges: one request per row."""
+
+    def __init__(self, url: str) -> None:
+        from fsspec.core import url_to_fs
+
+        self._files, self._path = url_to_fs(url)
+        self.size = int(self._files.info(self._path)["size"] or 0)
+
+    def read(self, start: int, end: int) -> bytes:
+        return bytes(self._files.cat_file(self._path, start=start, end=end)) if end > start else b""
+
+    def close(self) -> None:
+        pass
+
+
+def open_source(path: str | Path) -> Source:
+    """The bytes of a local path or an fsspec URL; FileNotFoundError when there is none."""
+    return _Ranges(str(path)) if "://" in str(path) else _Mapped(path)
+
+
+# --- reading ----------------------------------------------------------------------------------------------
+
+
+class ShardReader:
+    """An open shard: `header`, `len()`, `read_row(i)`. Its index is checked at open, each row when it is read.
+
+    Raises:
+        FileNotFoundError: no such file.
+        FormatError: a damaged, truncated, foreign or hostile file.
+        VersionError: a file from a newer sparsekd.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = str(path)
+        self._source = open_source(path)
+        try:
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        declared, data_start = _container(self._source, self.path)
+        self.header, crc = _sparsekd_header(declared, self.path)
+        rows, bits = self.header["rows"], (self.header["spec"]["seq_len"] + 7) // 8
+        shapes = {
+            "payload": None,
+            "offsets": [rows + 1],
+            "crc32c": [rows],
+            "input_hash": [rows],
+            "starts": [rows, bits],
+            "supervised": [rows, bits],
+        }
+        spans = _spans(declared, shapes, self._source.size - data_start, self.path)
+        raw = {
+            name: self._source.read(data_start + begin, data_start + end)
+            for name, (begin, end) in spans.items()
+            if name != "payload"
+        }
+        found = _index_crc(self.header, raw["offsets"], raw["crc32c"], raw["input_hash"])
+        if found != crc:
+            raise FormatError(f"{self.path}: the index has crc32c {found:#010x}, recorded is {crc!r:.20}")
+        self._offsets = np.frombuffer(raw["offsets"], "<i8")
+        self._crcs = np.frombuffer(raw["crc32c"], "<u4")
+        self._hashes = np.frombuffer(raw["input_hash"], "<u8")
+        self._bits = {name: (raw[name], bits) for name in ("starts", "supervised")}
+        begin, end = spans["payload"]
+        self._payload = data_start + begin
+        _check_offsets(self._offsets, end - begin, self.path)
+
+    def __len__(self) -> int:
+        return len(self._crcs)
+
+    def read_row(self, row: int) -> ShardRow:
+        """Row `row` of this shard (0 .. len - 1), in one range; FormatError when its crc32c does not match."""
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of a shard of {len(self)} rows")
+        begin, end = int(self._offsets[row]), int(self._offsets[row + 1])
+        block = self._source.read(self._payload + begin, self._payload + end)
+        starts, supervised = self._row_bits("starts", row), self._row_bits("supervised", row)
+        index = self.header["first_row"] + row
+        crc, recorded = _row_crc(index, starts, supervised, block), int(self._crcs[row])
+        if crc != recorded:
+            raise FormatError(
+                f"{self.path}: row {index} has crc32c {crc:#010x}, recorded is {recorded:#010x}; "
+                "the file is damaged: delete it and run the same capture again"
+            )
+        return ShardRow(
+            block=block,
+            input_hash=int(self._hashes[row]),
+            starts=self._mask(starts),
+            supervised=self._mask(supervised),
+        )
+
+    def _row_bits(self, name: str, row: int) -> bytes:
+        raw, width = self._bits[name]
+        return raw[row * width : (row + 1) * width]
+
+    def _mask(self, bits: bytes) -> Array:
+        packed = np.frombuffer(bits, np.uint8)
+        return np.unpackbits(packed, count=self.header["spec"]["seq_len"], bitorder="little").astype(bool)
+
+    def close(self) -> None:
+        self._source.close()
+
+    def __enter__(self) -> ShardReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _container(source: Source, path: str) -> tuple[dict[str, Any], int]:
+    """The safetensors header as a dict, and where the data begins."""
+    if source.size < 8:
+        raise FormatError(f"{path}: {source.size} bytes are too few for a shard; the file is truncated")
+    (length,) = struct.unpack("<Q", source.read(0, 8))
+    if length > min(MAX_HEADER, source.size - 8):
+        raise FormatError(
+            f"{path}: claims a header of {length} bytes, the file has {source.size} (at most {MAX_HEADER} "
+            "are read); it is truncated or no shard"
+        )
+    declared = strict_json(source.read(8, 8 + length), path)
+    if not isinstance(declared, dict):
+        raise FormatError(f"{path}: its header is no JSON object")
+    return declared, 8 + length
+
+
+def _sparsekd_header(declared: dict[str, Any], path: str) -> tuple[dict[str, Any], Any]:
+    """Our own header and the recorded crc32c of header and index."""
+    metadata = declared.get("__metadata__")
+    text = metadata.get(_KEY) if isinstance(metadata, dict) else None
+    if not isinstance(text, str) or not isinstance(metadata, dict) or set(metadata) != {_KEY}:
+        raise FormatError(f"{path}: no sparsekd header; this is not a shard of a sparsekd cache")
+    outer = strict_json(text.encode(errors="surrogatepass"), path)
+    header = outer.get("header") if isinstance(outer, dict) else None
+    if not isinstance(header, dict):
+        raise FormatError(f"{path}: its sparsekd entry holds no header")
+    check_version(header, path)
+    if set(outer) != {"header", "crc32c"} or not _is_canonical(outer, text):
+        raise FormatError(f"{path}: its sparsekd entry is not in canonical form; the file is damaged")
+    _check_counts(header, path)
+    return header, outer["crc32c"]
+
+
+def _is_canonical(value: Any, text: str) -> bool:
+    try:
+        return canonical_json(value).decode() == text
+    except (ValueError, RecursionError):  # 1e999 parses as infinity
+        return False
+
+
+def check_version(header: dict[str, Any], path: str) -> None:
+    """FormatError for a foreign header, VersionError for one from the future."""
+    if header.get("format") != FORMAT:
+        raise FormatError(f"{path}: format is {ascii(header.get('format'))[:60]}, expected {FORMAT!r}")
+    version = header.get("format_version")
+    if type(version) is not int or version < 1:
+        raise FormatError(f"{path}: format_version is {ascii(version)[:60]}, expected {FORMAT_VERSION}")
+    if version > FORMAT_VERSION:
+        raise VersionError(
+            f"{path}: written by a newer sparsekd (format {version}, this one reads {FORMAT_VERSION}); "
+            "upgrade sparsekd"
+        )
+
+
+def _check_counts(header: dict[str, Any], path: str) -> None:
+    spec = header.get("spec")
+    numbers = {
+        "rows": (header.get("rows"), 1),
+        "first_row": (header.get("first_row"), 0),
+        "spec.seq_len": (spec.get("seq_len") if isinstance(spec, dict) else None, 1),
+    }
+    for name, (value, least) in numbers.items():
+        if type(value) is not int or not least <= value < 2**48:
+            raise FormatError(f"{path}: header {name} is {ascii(value)[:60]}, expected a whole number")
+
+
+def _spans(
+    declared: dict[str, Any], shapes: dict[str, list[int] | None], data_size: int, path: str
+) -> dict[str, tuple[int, int]]:
+    """[begin, end) of each tensor in the data: exactly the expected ones, side by side, filling the file."""
+    if set(declared) != {*_DTYPES, "__metadata__"}:
+        raise FormatError(f"{path}: holds the tensors {ascii(sorted(declared))[:200]}, not a shard's")
+    spans = {name: _span(name, declared[name], shape, path) for name, shape in shapes.items()}
+    reached = 0
+    for name, (begin, end) in sorted(spans.items(), key=lambda item: item[1]):
+        if begin != reached:
+            raise FormatError(f"{path}: {name} begins at {begin}, expected {reached}: a hole or an overlap")
+        reached = end
+    if reached != data_size:
+        raise FormatError(f"{path}: its tensors end at {reached}, the file's data at {data_size}; truncated?")
+    return spans
+
+
+def _span(name: str, declared: Any, shape: list[int] | None, path: str) -> tuple[int, int]:
+    """[begin, end) of one tensor, once dtype, shape and offsets agree; shape None is any one length."""
+    if not isinstance(declared, dict) or set(declared) != {"dtype", "shape", "data_offsets"}:
+        raise FormatError(f"{path}: {name} is declared as {ascii(declared)[:80]}")
+    dtype, found, offsets = declared["dtype"], declared["shape"], declared["data_offsets"]
+    if dtype != _DTYPES[name]:
+        raise FormatError(f"{path}: {name} has dtype {ascii(dtype)[:40]}, expected {_DTYPES[name]}")
+    if not _are_sizes(found) or not _are_sizes(offsets) or len(offsets) != 2:
+        raise FormatError(f"{path}: {name} has shape {ascii(found)[:60]} at {ascii(offsets)[:60]}")
+    if found != (shape or found[:1]) or not found:
+        raise FormatError(f"{path}: {name} has shape {ascii(found)[:60]}, expected {shape or '[n]'}")
+    size = _ITEM_BYTES[dtype]
+    for length in found:
+        size *= length
+    if offsets[1] - offsets[0] != size:
+        raise FormatError(f"{path}: {name} needs {size} bytes, its offsets are {ascii(offsets)[:60]}")
+    return offsets[0], offsets[1]
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**62 for item in value)
+
+
+def _check_offsets(offsets: Array, payload: int, path: str) -> None:
+    # Compared, not subtracted: differences of hostile int64 would wrap around.
+    falls = np.flatnonzero(offsets[1:] < offsets[:-1])
+    if len(falls):
+        row = int(falls[0])
+        raise FormatError(f"{path}: row {row} ends at {offsets[row + 1]}, but begins at {offsets[row]}")
+    if int(offsets[0]) != 0 or int(offsets[-1]) != payload:
+        raise FormatError(f"{path}: blocks span {offsets[0]}..{offsets[-1]}, the payload has {payload} bytes")
