@@ -1,0 +1,268 @@
+"""Samplers: the laws each must obey, run over the dict of samplers."""
+
+from __future__ import annotations
+
+import math
+
+import oracles
+import pytest
+import torch
+
+import sparsekd as skd
+from sparsekd import rng, samplers
+from sparsekd.errors import ModelError, RecipeError
+
+# Every sampler with the settings its laws are checked at. A new sampler is tested by being listed here.
+VARIANTS = {
+    "rs1": ("random_sampling", {"rounds": 1}),
+    "rs12": ("random_sampling", {"rounds": 12}),
+    "rs50": ("random_sampling", {"rounds": 50}),
+    "rs50_flatter": ("random_sampling", {"rounds": 50, "temperature": 0.8, "normalize": False}),
+    "rs50_peaked": ("random_sampling", {"rounds": 50, "temperature": 1.2, "normalize": False}),
+    "rs50_normalized": ("random_sampling", {"rounds": 50, "temperature": 0.8}),
+    "rs50_uniform": ("random_sampling", {"rounds": 50, "temperature": 0.0, "normalize": False}),
+    "top12": ("top_k", {"k": 12}),
+    "top_p": ("top_p", {"p": 0.9, "k": 40}),
+    "full": ("full", {}),
+}
+UNBIASED = [name for name, (sampler, p) in VARIANTS.items() if samplers.is_unbiased(sampler, p)]
+
+
+def test_every_sampler_has_a_variant():
+    """The laws run over all of SAMPLERS: one that is not listed above fails here."""
+    assert {sampler for sampler, _ in VARIANTS.values()} == set(skd.SAMPLERS)
+
+
+def zipf_logits(vocab_size: int, peaked: bool) -> torch.Tensor:
+    """A shuffled Zipf row: exponent 1.5 (entropy about 2 nats) or 0.3 (nearly flat)."""
+    order = torch.randperm(vocab_size, generator=torch.Generator().manual_seed(1))
+    return -(1.5 if peaked else 0.3) * (order + 1.0).log()
+
+
+GROUPS, ALONE = 32, 16
+
+
+def groups_of(p: torch.Tensor) -> torch.Tensor:
+    """[V] group of each id: the 16 likeliest alone, the others in 16 stripes, so that few groups are too rare to judge."""
+    group = ALONE + torch.arange(len(p)) % (GROUPS - ALONE)
+    group[p.topk(ALONE).indices] = torch.arange(ALONE)
+    return group
+
+
+@pytest.mark.parametrize("peaked", [True, False], ids=["peaked", "flat"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("vocab_size", [300, 32768, 262144])
+@pytest.mark.parametrize("variant", [name for name in UNBIASED if name not in ("full", "rs50_uniform")])
+def test_unbiased(variant, vocab_size, dtype, peaked):
+    """The mean of many draws is within 5 standard errors of p, for each of 32 groups of ids (paper, A.6).
+
+    The standard error is the sample's own, over positions with the same logits and different keys.
+    """
+    sampler, parameters = VARIANTS[variant]
+    logits = zipf_logits(vocab_size, peaked).to(dtype)
+    p, positions = oracles.blocked_cdf_law(logits), min(4000, 2**27 // vocab_size)
+    group, sums = groups_of(p), []
+    for start in range(0, positions, 256):
+        keys = torch.arange(start, min(start + 256, positions))
+        targets = skd.sample(logits.expand(len(keys), -1), sampler, seed=7, positions=keys, **parameters)
+        sums.append(
+            torch.zeros(len(keys), GROUPS)
+            .double()
+            .scatter_add_(1, group[targets.ids], targets.weights.double())
+        )
+    estimates = torch.cat(sums)
+    truth = torch.zeros(GROUPS).double().scatter_add_(0, group, p)
+    judged = (
+        truth * parameters["rounds"] * positions >= 20
+    )  # rarer groups are Poisson: 5 sigma says nothing there
+    assert truth[judged].sum() > 0.6
+    error = estimates.std(0) / math.sqrt(positions)
+    assert ((estimates.mean(0) - truth).abs() <= 5 * error)[judged].all()
+
+
+def test_uniform_proposal_is_unbiased():
+    """q uniform (t = 0) is unbiased too, only noisy: shown on 30 ids, where 20,000 positions suffice."""
+    logits = torch.randn(30, generator=torch.Generator().manual_seed(0))
+    targets = skd.sample(
+        logits.expand(20000, -1), "random_sampling", rounds=5, temperature=0.0, normalize=False
+    )
+    dense = targets.densify(30).double()
+    assert ((dense.mean(0) - logits.double().softmax(-1)).abs() <= 5 * dense.std(0) / math.sqrt(20000)).all()
+
+
+def test_normalized_importance_weights_are_biased():
+    """Self-normalised weights (section 3.4) at t = 0.8 are off by O(1/N): is_unbiased rightly denies them."""
+    assert not samplers.is_unbiased("random_sampling", {"rounds": 2, "temperature": 0.5})
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+    targets = skd.sample(logits.expand(40000, -1), "random_sampling", rounds=2, temperature=0.2)
+    error = (targets.densify(4).mean(0) - logits[0].softmax(-1)).abs().max()
+    assert error > 0.02
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_sum_of_weights(variant):
+    """Σ weights is what each docstring says: 1, 1 on average, or the mass that was kept."""
+    sampler, parameters = VARIANTS[variant]
+    logits = 2 * torch.randn(400, 500, generator=torch.Generator().manual_seed(0))
+    targets = skd.sample(logits, sampler, **parameters)
+    p, mass = logits.softmax(-1), targets.mass()
+    if sampler == "top_k":
+        torch.testing.assert_close(mass, p.topk(12).values.sum(-1))
+    elif sampler == "top_p":
+        kept = p.topk(40).values.cumsum(-1)
+        reached = kept[:, -1] >= 0.9
+        assert (mass[reached] >= 0.9 - 1e-6).all()
+        torch.testing.assert_close(mass[~reached], kept[~reached, -1])
+    elif parameters.get("normalize", True):
+        torch.testing.assert_close(mass, torch.ones(400))
+    elif "temperature" in parameters:
+        assert abs(mass.mean() - 1) < 5 * mass.std() / 20
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name.startswith("rs")])
+def test_counts_are_integers_of_distinct_ids(variant):
+    """At temperature 1 weights * rounds are integers that sum to rounds; ids are distinct and ascending."""
+    sampler, parameters = VARIANTS[variant]
+    logits = torch.randn(200, 300, generator=torch.Generator().manual_seed(0))
+    targets = skd.sample(logits, sampler, **parameters)
+    for ids, weights in zip(targets.ids, targets.weights, strict=True):
+        kept = ids[weights > 0]
+        assert (kept.diff() > 0).all()
+    if samplers.count_rounds(sampler, parameters):
+        counts = targets.weights * parameters["rounds"]
+        torch.testing.assert_close(counts, counts.round(), atol=1e-5, rtol=0)
+        assert (counts.round().sum(-1) == parameters["rounds"]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_position_depends_on_its_key_and_logits_only(variant, dtype):
+    """Batch size, order and neighbours change nothing; another seed, row or position does."""
+    sampler, parameters = VARIANTS[variant]
+    logits = torch.randn(64, 1000, generator=torch.Generator().manual_seed(3)).to(dtype)
+    rows, positions = torch.arange(64) // 8 + 2**33, torch.arange(64) % 8
+    whole = skd.sample(logits, sampler, seed=5, rows=rows, positions=positions, **parameters).densify(1000)
+    shuffled = torch.randperm(64, generator=torch.Generator().manual_seed(4))
+    for part in (shuffled[:1], shuffled[1:20], shuffled[20:]):
+        alone = skd.sample(
+            logits[part], sampler, seed=5, rows=rows[part], positions=positions[part], **parameters
+        )
+        assert torch.equal(alone.densify(1000), whole[part])
+    if sampler == "random_sampling":
+        for change in (
+            {"seed": 6},
+            {"seed": 5 + 2**32},
+            {"rows": rows + 2**32},
+            {"positions": positions + 8},
+        ):
+            keys = {"seed": 5, "rows": rows, "positions": positions} | change
+            assert not torch.equal(skd.sample(logits, sampler, **keys, **parameters).densify(1000), whole)
+
+
+@pytest.mark.parametrize("vocab_size", [64, 300, 4096 + 17, 131072])
+def test_inverse_cdf_law_on_a_grid(vocab_size):
+    """On a grid of 2^18 uniforms each id is hit in proportion to its float64 mass: total variation below 1e-5.
+
+    This is the exact law of the two-level inversion, without Monte Carlo; one float32 cumulative sum would fail.
+    """
+    logits = 4 * torch.randn(vocab_size, generator=torch.Generator().manual_seed(0))
+    grid = (torch.arange(2**18, dtype=torch.float64) + 0.5) / 2**18
+    mass = samplers._padded((logits - logits.max()).exp()[None])
+    hits = torch.bincount(samplers._invert(mass, grid[None])[0], minlength=vocab_size).double() / 2**18
+    # Differences of the cumulative laws at id boundaries: at most one grid step by rounding to the grid.
+    gap = (hits.cumsum(0) - logits.double().softmax(-1).cumsum(0)).abs().max()
+    assert gap <= 1 / 2**18 + 1e-5
+    assert gap <= 2e-5
+
+
+def test_extreme_uniforms_never_leave_the_support():
+    """u = 0 and the largest u below 1 give ids with mass, though the row begins and ends with impossible ids."""
+    logits = torch.full((2, 200), -torch.inf)
+    logits[:, 70:75] = torch.tensor([0.0, -3.0, 1.0, -torch.inf, -20.0])
+    edge = torch.tensor([[0.0, 1 - 2.0**-53]]).expand(2, 2)
+    ids = samplers._invert(samplers._padded(samplers._shifted(logits).exp()), edge.double())
+    assert ids[:, 0].eq(70).all()
+    assert ids[:, 1].eq(74).all()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_impossible_ids_get_no_weight(variant):
+    """Ids with logit -inf are never given weight, at any temperature."""
+    sampler, parameters = VARIANTS[variant]
+    logits = torch.randn(50, 200, generator=torch.Generator().manual_seed(0))
+    logits[:, ::2] = -torch.inf
+    dense = skd.sample(logits, sampler, **parameters).densify(200)
+    assert (dense[:, ::2] == 0).all()
+    assert torch.isfinite(dense).all()
+
+
+def test_top_k_is_softmax_topk():
+    """Weights equal softmax(logits).topk(k): not renormalised; ties go to the lower id; k beyond V keeps V."""
+    logits = torch.randn(30, 100, generator=torch.Generator().manual_seed(0))
+    targets = skd.sample(logits, "top_k", k=7)
+    torch.testing.assert_close(targets.weights, logits.softmax(-1).topk(7).values)
+    assert torch.equal(targets.ids, logits.topk(7).indices)
+    assert skd.sample(torch.zeros(1, 100), "top_k", k=3).ids.diff().gt(0).all()
+    assert skd.sample(logits[:, :5], "top_k", k=12).ids.shape == (30, 5)
+
+
+def test_top_p_keeps_the_fewest_that_reach_p():
+    """By hand: 0.5, 0.3, 0.15, 0.05 at p = 0.8 keeps two, at p = 0.81 three."""
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    for p, kept in ((0.79, 2), (0.81, 3), (1.0, 4)):
+        assert (skd.sample(logits, "top_p", p=p, k=4).weights > 0).sum() == kept
+
+
+def test_philox_known_answers():
+    """The published Philox4x32-10 vectors, and the plain-Python twin on random counters."""
+    mask = 0xFFFFFFFF
+    known = {
+        (0, 0, 0, 0, 0): (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8),
+        (mask, mask, mask, mask, 2**64 - 1): (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344, 0x299F31D0A4093822): (
+            0xD16CFE09,
+            0x94FDCCEB,
+            0x5001E420,
+            0x24126EA1,
+        ),
+    }
+    for (*counter, seed), words in known.items():
+        assert tuple(map(int, rng.philox(tuple(torch.tensor(c) for c in counter), seed))) == words
+        assert oracles.philox_plain(tuple(counter), seed) == words
+    numbers = torch.randint(2**32, (100, 4), generator=torch.Generator().manual_seed(0))
+    ours = torch.stack(rng.philox(tuple(numbers.T), 12345678901234567))
+    for row, words in zip(numbers.tolist(), ours.T.tolist(), strict=True):
+        assert oracles.philox_plain(tuple(row), 12345678901234567) == tuple(words)
+
+
+def test_uniforms_are_uniform_and_prefixes_agree():
+    """53-bit uniforms in [0, 1); asking for fewer draws gives a prefix, so rounds can be topped up."""
+    keys = rng.Keys(seed=3, rows=torch.zeros(2000, dtype=torch.int64), positions=torch.arange(2000))
+    u = keys.uniforms(51)
+    assert torch.equal(keys.uniforms(20), u[:, :20])
+    assert 0 <= u.min() < 1e-4 < 1 - 1e-4 < u.max() < 1
+    histogram = torch.histc(u.float(), 100, 0, 1)
+    chi2 = ((histogram - 1020) ** 2 / 1020).sum()
+    assert chi2 < 99 + 5 * math.sqrt(2 * 99)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "parameters", "words"),
+    [
+        ("nucleus", {}, "unknown sampler 'nucleus'; there are random_sampling, top_k"),
+        ("top_k", {"rounds": 5}, "sampler top_k has no parameter 'rounds'; it has: k"),
+        ("random_sampling", {"rounds": 0}, "sampler.rounds=0 is out of range: 1 to"),
+        ("top_p", {"p": 1.5}, "sampler.p=1.5 is out of range"),
+    ],
+)
+def test_misuse_is_refused(sampler, parameters, words):
+    with pytest.raises(RecipeError, match=words):
+        skd.sample(torch.zeros(1, 10), sampler, **parameters)
+
+
+def test_nan_logits_are_refused():
+    """A teacher that overflowed is not sampled from."""
+    logits = torch.zeros(4, 10)
+    logits[2, 3] = torch.nan
+    with pytest.raises(ModelError, match="NaN or inf at 1 of 4 positions"):
+        skd.sample(logits, "random_sampling")
