@@ -1,0 +1,475 @@
+"""A finished run's folder -> `report.json` (numbers) and one self-contained `report.html` to look at.
+
+Reads only the JSON that the other stages wrote, opens no model and no torch. What is missing or damaged becomes
+a visible note, never a crash and never a guess. Losses are in nats per token; rates are shares in [0, 1].
+A difference between methods is paired by seed (same seed = same initial weights, same order of rows) and counts
+only where its 95 % Student-t interval over seeds excludes zero.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparsekd.errors import SourceError
+from sparsekd.report_page import render_html
+
+__all__ = ["aggregate", "render_html", "report", "terminal_table", "verdict"]
+
+Summary = dict[str, Any]
+
+# The 97.5 % quantile of Student's t for 1, 2, 3... degrees of freedom; three seeds need 4.3 errors, not 1.96.
+_T975 = (
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+    2.228,
+    2.201,
+    2.179,
+    2.160,
+    2.145,
+    2.131,
+)
+_PER_SEED = ("perplexity", "bits_per_byte", "ece")
+_STUDENT = re.compile(r"(?P<method>.+)-s(?P<seed>\d+)")
+
+
+def report(folder: str | Path, out: str | Path | None = None) -> Summary:
+    """Writes `report.html` and `report.json` into `out` (default: the run's folder); returns the summary.
+
+    Raises SourceError where the folder holds no results at all.
+    """
+    summary = aggregate(folder)
+    target = Path(folder if out is None else out)
+    target.mkdir(parents=True, exist_ok=True)
+    _write(target / "report.html", render_html(summary))
+    _write(target / "report.json", json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    return summary
+
+
+def aggregate(folder: str | Path) -> Summary:
+    """Every number the report shows, as plain JSON: None where it could not be computed, `notes` says why."""
+    root = Path(folder)
+    notes: list[str] = []
+    run = _read(root / "run.json", root, notes) or {}
+    methods = [_method(root, spec, run, notes) for spec in _methods(root, run)]
+    if not any(m["students"] for m in methods) and not run:
+        raise SourceError(
+            f"no results in {root}: neither run.json nor students/*/evaluation.json is there; "
+            f"make them first, for example with `sparsekd demo out={root}`"
+        )
+    _compare(methods, notes)
+    _name_strangers(root, methods, notes)
+    summary: Summary = {
+        key: run.get(key) for key in ("title", "profile", "machine", "seeds", "corpus", "student")
+    }
+    summary |= {key: run.get(key) or {} for key in ("commands", "seconds", "versions", "teacher")}
+    summary["teacher"] = _dict(summary["teacher"]) | {
+        "evaluation": _evaluation(root / "teacher", root, notes)
+    }
+    summary["methods"] = methods
+    summary["storage"] = _storage(root, methods, summary["teacher"], notes)
+    summary["unique_ids"] = _unique_ids(root, notes)
+    summary["comparisons"] = _comparisons(methods)
+    summary["verdict"] = verdict(methods, summary["comparisons"])
+    summary["notes"] = notes
+    return summary
+
+
+# -- one method: its students, seed by seed
+
+
+def _methods(root: Path, run: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The methods run.json lists, or without it those the students' folders are named after."""
+    listed = [m for m in _list(run.get("methods")) if isinstance(m, dict) and m.get("name")]
+    if listed:
+        return listed
+    names = (_STUDENT.fullmatch(p.name) for p in sorted(root.glob("students/*")))
+    return [{"name": name} for name in dict.fromkeys(m["method"] for m in names if m)]
+
+
+def _method(root: Path, spec: Mapping[str, Any], run: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+    name = str(spec["name"])
+    seeds = [s for s in _list(run.get("seeds")) if isinstance(s, int)] or _seeds_on_disk(root, name)
+    students = [s for s in (_student(root, name, seed, notes) for seed in seeds) if s]
+    method: dict[str, Any] = {"name": name, "label": str(spec.get("label") or name), "role": role(name)}
+    method |= {"cache": spec.get("cache"), "students": students}
+    for key in ("loss", "acceptance", "agreement"):
+        method[key] = _over_seeds(s[key] and s[key]["mean"] for s in students)
+    for key in _PER_SEED:
+        method[key] = _over_seeds(s[key] for s in students)
+    method["reliability"] = _pool([s["reliability"] for s in students])
+    method["curve"] = _mean_curve([s["curve"] for s in students])
+    return method
+
+
+def role(name: str) -> str:
+    """What a method is, by its name's beginning: ce, full_kd, rs (random sampling), topk or other."""
+    prefixes = {"ce": "ce", "full": "full_kd", "rs": "rs", "random": "rs", "topk": "topk", "top_k": "topk"}
+    return next((kind for prefix, kind in prefixes.items() if name.startswith(prefix)), "other")
+
+
+def _seeds_on_disk(root: Path, name: str) -> list[int]:
+    found = (_STUDENT.fullmatch(p.name) for p in root.glob("students/*"))
+    return sorted(int(m["seed"]) for m in found if m and m["method"] == name)
+
+
+def _student(root: Path, name: str, seed: int, notes: list[str]) -> dict[str, Any] | None:
+    folder = root / "students" / f"{name}-s{seed}"
+    evaluation = _evaluation(folder, root, notes)
+    training = _read(folder / "metrics.json", root, notes)
+    if evaluation is None and training is None:
+        return None
+    log = [e for e in _list(_dict(training).get("log")) if isinstance(e, dict)]
+    points = [[_number(e.get("step")), _number(e.get("eval_loss"))] for e in log]
+    return (evaluation or _evaluation_of({})) | {
+        "seed": seed,
+        "tokens_per_second": _number(_dict(training).get("tokens_per_second")),
+        "seconds": _number(_dict(training).get("seconds")),
+        "curve": [p for p in points if None not in p],
+    }
+
+
+def _evaluation(folder: Path, root: Path, notes: list[str]) -> dict[str, Any] | None:
+    raw = _read(folder / "evaluation.json", root, notes)
+    return None if raw is None else _evaluation_of(raw)
+
+
+def _evaluation_of(raw: Mapping[str, Any]) -> dict[str, Any]:
+    numbers = {key: _number(raw.get(key)) for key in (*_PER_SEED, "tokens", "rows")}
+    means = {key: _estimate_of(raw.get(key)) for key in ("loss", "acceptance", "agreement")}
+    return {**means, **numbers, "reliability": _bins(raw.get("reliability"))}
+
+
+def _estimate_of(raw: Any) -> dict[str, float | None] | None:
+    mean = _number(raw.get("mean") if isinstance(raw, dict) else raw)
+    return (
+        None if mean is None else {"mean": mean, "standard_error": _number(_dict(raw).get("standard_error"))}
+    )
+
+
+def _bins(raw: Any) -> list[dict[str, Any]]:
+    keys = ("count", "confidence", "accuracy")
+    return [{key: _number(b.get(key)) for key in keys} for b in _list(raw) if isinstance(b, dict)]
+
+
+def _pool(diagrams: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Bin by bin, the seeds' counts added and their means weighted by count."""
+    filled = [d for d in diagrams if d]
+    if not filled or len({len(d) for d in filled}) > 1:
+        return []
+    return [_pool_bin(same) for same in zip(*filled, strict=True)]
+
+
+def _pool_bin(bins: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    used = [b for b in bins if b["count"] and b["confidence"] is not None and b["accuracy"] is not None]
+    n = sum(b["count"] for b in used)
+    means = {
+        key: sum(b["count"] * b[key] for b in used) / n if n else None for key in ("confidence", "accuracy")
+    }
+    return {"count": n, **means}
+
+
+def _mean_curve(curves: Iterable[list[list[float]]]) -> list[list[float]]:
+    """[step, mean loss] at the steps that every seed evaluated."""
+    tables = [dict(curve) for curve in curves if curve]
+    shared = sorted(set.intersection(*map(set, tables))) if tables else []
+    return [[step, statistics.fmean(t[step] for t in tables)] for step in shared]
+
+
+# -- one method against another
+
+
+def _compare(methods: Sequence[dict[str, Any]], notes: list[str]) -> None:
+    """Adds to each method what needs the baselines: the paired difference, the gap closed, the relative speed."""
+    ce = next((m for m in methods if m["role"] == "ce"), None)
+    full = next((m for m in methods if m["role"] == "full_kd"), None)
+    gap = ce and full and paired_difference(full, ce)
+    gap_is_open = gap and gap["mean"] < 0 and (gap["high"] is None or gap["high"] < 0)
+    if gap and not gap_is_open:
+        notes.append(
+            f"No share of a gap is given: {full['label']} did not beat {ce['label']} beyond the noise."
+        )
+    for m in methods:
+        m["against_ce"] = paired_difference(m, ce) if ce and m is not ce else None
+        m["gap_closed"] = _gap_closed(m, ce, full) if ce and full and gap_is_open else None
+        m["relative_speed"] = _relative_speed(m, ce) if ce else None
+
+
+def paired_difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Loss of `a` minus loss of `b` over the seeds both have (negative: `a` is better).
+
+    mean, standard_error, the 95 % interval low..high (None with one seed) and the values by seed.
+    """
+    values = {s: x - y for s, (x, y) in _shared(a, b, _loss).items()}
+    if not values:
+        return None
+    estimate = _over_seeds(values.values()) or {}
+    error = estimate["standard_error"]
+    half = None if error is None else error * _t975(len(values) - 1)
+    interval = {"low": half and estimate["mean"] - half, "high": half and estimate["mean"] + half}
+    if half == 0.0:
+        interval = {"low": estimate["mean"], "high": estimate["mean"]}
+    return {**estimate, **interval, "values": {str(s): v for s, v in values.items()}}
+
+
+def _gap_closed(
+    method: Mapping[str, Any], ce: Mapping[str, Any], full: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """Σ (CE - method) / Σ (CE - full KD) over shared seeds, with the linearised error of a ratio."""
+    if method is ce or method is full:  # 0 and 1 by definition, without an error
+        return {"mean": float(method is full), "standard_error": None}
+    shared, bounds = _shared(method, ce, _loss), _shared(full, ce, _loss)
+    pairs = [(c - x, c - bounds[s][0]) for s, (x, c) in shared.items() if s in bounds]
+    total = math.fsum(whole for _, whole in pairs)
+    if total <= 0:
+        return None
+    ratio, n = math.fsum(part for part, _ in pairs) / total, len(pairs)
+    residual = math.fsum((part - ratio * whole) ** 2 for part, whole in pairs)
+    return {"mean": ratio, "standard_error": math.sqrt(n / (n - 1) * residual) / total if n > 1 else None}
+
+
+def _relative_speed(method: Mapping[str, Any], ce: Mapping[str, Any]) -> dict[str, Any] | None:
+    shared = _shared(method, ce, lambda s: s["tokens_per_second"] or None)
+    return _over_seeds(x / y for x, y in shared.values())
+
+
+def _loss(student: Mapping[str, Any]) -> float | None:
+    return student["loss"]["mean"] if student["loss"] else None
+
+
+def _shared(
+    a: Mapping[str, Any], b: Mapping[str, Any], value: Callable[[Mapping[str, Any]], float | None]
+) -> dict[int, tuple[float, float]]:
+    """{seed: (a's value, b's value)} where both have one."""
+    left, right = ({s["seed"]: value(s) for s in m["students"]} for m in (a, b))
+    both = ((seed, left[seed], right.get(seed)) for seed in left)
+    return {seed: (x, y) for seed, x, y in both if x is not None and y is not None}
+
+
+def _over_seeds(values: Iterable[float | None]) -> dict[str, float | None] | None:
+    """{"mean", "standard_error" (None with one value), "n"} of the values that are there; None without any."""
+    found = [v for v in values if v is not None]
+    if not found:
+        return None
+    error = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else None
+    return {"mean": statistics.fmean(found), "standard_error": error, "n": len(found)}
+
+
+def _t975(freedom: int) -> float:
+    return _T975[freedom - 1] if freedom <= len(_T975) else 1.96 + 2.5 / freedom
+
+
+# -- the verdict
+
+
+def _comparisons(methods: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The leading method against cross-entropy and every Top-K, with `outcome` better, worse, unclear or unknown."""
+    lead = _lead(methods)
+    rivals = [m for m in methods if m["role"] in ("ce", "topk") and m is not lead] if lead else []
+    pairs = [(m, paired_difference(lead, m)) for m in rivals if lead]
+    return [
+        {"method": lead["name"], "rival": m["name"], "label": m["label"], "outcome": _outcome(d), **d}
+        for m, d in pairs
+        if lead and d
+    ]
+
+
+def _lead(methods: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    measured = [m for m in methods if m["loss"]]
+    wanted = ("rs", "other", "topk")
+    return next((m for kind in wanted for m in measured if m["role"] == kind), None)
+
+
+def _outcome(difference: Mapping[str, Any]) -> str:
+    if difference["low"] is None:
+        return "unknown"
+    if difference["high"] < 0:
+        return "better"
+    return "worse" if difference["low"] > 0 else "unclear"
+
+
+def verdict(methods: Sequence[Mapping[str, Any]], comparisons: Sequence[Mapping[str, Any]]) -> str:
+    """One honest sentence: what the leading method beats beyond the errors, and what it does not."""
+    lead = _lead(methods)
+    if lead is None or not comparisons:
+        return "There is nothing to compare yet: no sparse method and baseline were evaluated with a shared seed."
+    if all(c["outcome"] == "unknown" for c in comparisons):
+        return _one_seed_verdict(lead, comparisons)
+    phrases = {
+        "better": "beats {}",
+        "unclear": "does not differ from {} beyond the noise",
+        "worse": "is worse than {}",
+        "unknown": "shares only one seed with {}",
+    }
+    said = [
+        phrase.format(_and(c["label"] for c in comparisons if c["outcome"] == outcome))
+        for outcome, phrase in phrases.items()
+        if any(c["outcome"] == outcome for c in comparisons)
+    ]
+    return (
+        f"{lead['label']} {', but '.join(said[:2])}{''.join(f' and {s}' for s in said[2:])}{_closing(lead)}."
+    )
+
+
+def _one_seed_verdict(lead: Mapping[str, Any], comparisons: Sequence[Mapping[str, Any]]) -> str:
+    seen = _and(
+        f"{abs(c['mean']):.3f} nats {'below' if c['mean'] < 0 else 'above'} {c['label']}" for c in comparisons
+    )
+    return (
+        f"With a single seed, {lead['label']} ended {seen}; one seed has no error bar, so nothing is claimed."
+    )
+
+
+def _closing(lead: Mapping[str, Any]) -> str:
+    closed = lead.get("gap_closed")
+    if not closed:
+        return ""
+    error = f" ± {100 * closed['standard_error']:.0f}" if closed["standard_error"] is not None else ""
+    return f", closing {100 * closed['mean']:.0f}{error} % of the gap between cross-entropy and full distillation"
+
+
+def _and(words: Iterable[str]) -> str:
+    *most, last = words
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+# -- caches, unique ids, files
+
+
+def _storage(
+    root: Path, methods: Sequence[dict[str, Any]], teacher: Mapping[str, Any], notes: list[str]
+) -> list[dict[str, Any]]:
+    """Bytes per token of each cache, and of dense float16 logits (2 bytes · logit width) beside them."""
+    bars = []
+    width = _number(teacher.get("vocab_size"))
+    for m in methods:
+        m["bytes_per_token"] = m["unique_ids"] = None
+        if not m["cache"]:
+            continue
+        folder = root / "caches" / str(m["cache"])
+        manifest, stats = (
+            _read(folder / "manifest.json", root, notes),
+            _read(folder / "stats.json", root, notes),
+        )
+        width = _number(_dict(_dict(manifest).get("spec")).get("logit_width")) or width
+        m["bytes_per_token"] = _cache_bytes(_dict(manifest), _dict(stats))
+        m["unique_ids"] = _number(_dict(_dict(stats).get("unique_ids")).get("mean"))
+        if m["bytes_per_token"]:
+            bars.append({"name": m["name"], "label": m["label"], "bytes_per_token": m["bytes_per_token"]})
+    dense = [{"name": "dense", "label": "All logits, 16 bit", "bytes_per_token": 2 * width}] if width else []
+    return dense + bars
+
+
+def _cache_bytes(manifest: Mapping[str, Any], stats: Mapping[str, Any]) -> float | None:
+    totals = _dict(manifest.get("totals"))
+    payload, tokens = _number(totals.get("payload_bytes")), _number(totals.get("tokens"))
+    return _number(stats.get("bytes_per_token")) or (payload / tokens if payload and tokens else None)
+
+
+def _unique_ids(root: Path, notes: list[str]) -> dict[str, Any] | None:
+    raw = _read(root / "unique_ids.json", root, notes)
+    points = zip(_list(_dict(raw).get("rounds")), _list(_dict(raw).get("unique")), strict=False)
+    pairs = [(_number(r), _number(u)) for r, u in points]
+    good = [(r, u) for r, u in pairs if r and u and r > 0 and u > 0]
+    if not good:
+        return None
+    law = _dict(_dict(raw).get("power_law"))
+    fit = {key: _number(law.get(key)) for key in ("exponent", "prefactor")}
+    return {"rounds": [r for r, _ in good], "unique": [u for _, u in good], "power_law": fit}
+
+
+def _name_strangers(root: Path, methods: Sequence[Mapping[str, Any]], notes: list[str]) -> None:
+    known = {f"{m['name']}-s{s['seed']}" for m in methods for s in m["students"]}
+    folders = sorted(p.name for p in root.glob("students/*") if p.is_dir() and _STUDENT.fullmatch(p.name))
+    notes.extend(
+        f"students/{name} is not part of run.json and was left out." for name in folders if name not in known
+    )
+
+
+def _read(path: Path, root: Path, notes: list[str]) -> dict[str, Any] | None:
+    """The JSON object in a file; None with a note where there is none."""
+    name = path.relative_to(root).as_posix()
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        notes.append(f"{name} is missing.")
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        notes.append(f"{name} could not be read and was left out: {type(error).__name__}.")
+        return None
+    if not isinstance(value, dict):
+        notes.append(f"{name} holds a {type(value).__name__} instead of an object and was left out.")
+        return None
+    return value
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _number(value: Any) -> float | None:
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return value if good else None
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+# -- the terminal
+
+
+def terminal_table(summary: Summary) -> str:
+    """The results as at most 80 columns of text, method by method, the verdict below."""
+    head = ("", "loss", "± se", "gap %", "ECE %", "accept %", "B/token", "speed")
+    rows = [head, *(_terminal_row(m) for m in summary["methods"])]
+    widths = [
+        min(24, max(len(r[0]) for r in rows)),
+        *(max(len(r[i]) for r in rows) for i in range(1, len(head))),
+    ]
+    lines = [
+        "  ".join(_fit(c, w, left=i == 0) for i, (c, w) in enumerate(zip(r, widths, strict=True)))
+        for r in rows
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], "", *_wrap(summary["verdict"], 80)])
+
+
+def _terminal_row(m: Mapping[str, Any]) -> tuple[str, ...]:
+    def show(key: str, scale: float, digits: int, field: str = "mean") -> str:
+        value = (m.get(key) or {}).get(field)
+        return "-" if value is None else f"{value * scale:.{digits}f}"
+
+    size = f"{m['bytes_per_token']:,.1f}" if m.get("bytes_per_token") else "-"
+    loss = (show("loss", 1, 3), show("loss", 1, 3, "standard_error"))
+    rates = (show("gap_closed", 100, 0), show("ece", 100, 1), show("acceptance", 100, 1))
+    return (m["label"], *loss, *rates, size, show("relative_speed", 1, 2))
+
+
+def _fit(text: str, width: int, *, left: bool) -> str:
+    short = text if len(text) <= width else text[: width - 1] + "…"
+    return short.ljust(width) if left else short.rjust(width)
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    import textwrap
+
+    return textwrap.wrap(text, width)
