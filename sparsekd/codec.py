@@ -44,9 +44,7 @@ class FlatTargets:
     def __post_init__(self) -> None:
         total = int(self.sizes.sum())
         if not len(self.ids) == len(self.values) == total:
-            raise ValueError(
-                f"{len(self.ids)} ids and {len(self.values)} values, but the sizes sum to {total}"
-            )
+            raise ValueError(f"{len(self.ids)} ids and {len(self.values)} values, but the sizes sum to {total}")
 
     @classmethod
     def from_padded(cls, ids: Array, values: Array, rounds: int | None = None) -> FlatTargets:
@@ -73,6 +71,10 @@ class FlatTargets:
     def positions(self) -> Array:
         """[M] int64: the position that owns each entry."""
         return np.repeat(np.arange(len(self.sizes)), self.sizes)
+
+    def matches(self, tokens: Array) -> Array:
+        """[M] bool: whether an entry's id is the token given for its position; tokens [P]."""
+        return np.repeat(tokens.astype(np.int64), self.sizes) == self.ids
 
     def padded(self) -> tuple[Array, Array]:
         """ids [P, K] int64 and weights [P, K] float32; id 0 with weight 0 is padding, and K is at least 1."""
@@ -122,9 +124,7 @@ def check_codec(spec: Spec) -> Codec:
             f"codec {name} holds ids below {2**codec.id_bits}, but logit_width={width!r}; {_other(codec)}"
         )
     if codec.max_rounds and not _within(rounds, codec.max_rounds):
-        raise RecipeError(
-            f"codec {name} holds 1 to {codec.max_rounds} rounds, but rounds={rounds!r}; {_other(codec)}"
-        )
+        raise RecipeError(f"codec {name} holds 1 to {codec.max_rounds} rounds, but rounds={rounds!r}; {_other(codec)}")
     return codec
 
 
@@ -207,9 +207,7 @@ def _canonical(flat: FlatTargets) -> tuple[Array, Array]:
     twice = np.flatnonzero(keys[1:] == keys[:-1])
     if len(twice):
         position, token = divmod(int(keys[twice[0]]), 2**32)
-        raise MismatchError(
-            f"supervised position {position} has id {token} twice; add its counts up before encoding"
-        )
+        raise MismatchError(f"supervised position {position} has id {token} twice; add its counts up before encoding")
     return flat.ids[order], flat.values[order]
 
 
@@ -267,8 +265,7 @@ def _positive(flat: FlatTargets) -> FlatTargets:
     if not fine.all():
         at = int(np.argmin(fine))
         raise MismatchError(
-            f"supervised position {flat.positions[at]} has weight {flat.values[at]}; "
-            "weights are finite and >= 0"
+            f"supervised position {flat.positions[at]} has weight {flat.values[at]}; weights are finite and >= 0"
         )
     kept = flat.values > 0
     sizes = np.bincount(flat.positions[kept], minlength=len(flat.sizes)).astype(np.int64)

@@ -4,34 +4,27 @@
     payload  u8   the blocks, one after another     crc32c      u32 [R]      over everything a row depends on
     starts, supervised  u8 [R, ceil(L / 8)] bits    input_hash  u64 [R]      of the row's input ids
 
-Writing goes to a temporary file that is renamed when it is safe on disk. Reading trusts nothing: the container
-is parsed here, not by the safetensors library, so that one range request per row also works over fsspec.
+Reading trusts nothing. The container is parsed here, not by the safetensors library, so that a row is one
+range request over fsspec too.
 
 Shapes: R rows of the shard, L tokens of a row.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import json
-import mmap
-import os
-import re
-import secrets
-import socket
 import struct
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any
 
 import numpy as np
 from crc32c import crc32c
 from numpy.typing import NDArray
 
-from .errors import FormatError, StorageError, VersionError
+from .errors import FormatError, VersionError
+from .files import Source, canonical_json, open_source, strict_json, write_atomically
 
 Array = NDArray[Any]
 
@@ -63,48 +56,10 @@ class ShardRow:
 # --- bytes that are the same everywhere -------------------------------------------------------------------
 
 
-def canonical_json(value: Any) -> bytes:
-    """The one JSON text of a value: sorted keys, no spaces, ASCII; ValueError for NaN and infinities."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-    return text.encode()
-
-
-def strict_json(data: bytes, where: str) -> Any:
-    """The value of a JSON text; FormatError for duplicate keys, NaN, deep nesting and anything malformed."""
-    try:
-        return json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else ascii(str(error))
-        raise FormatError(f"{where}: its JSON cannot be read: {reason}") from None
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        raise ValueError(f"a key is there twice among {sorted(key for key, _ in pairs)[:8]}")
-    return value
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
 def hash_ids(input_ids: Array) -> int:
     """The first 8 bytes (little-endian) of blake2b over the ids as little-endian uint32."""
     data = np.ascontiguousarray(input_ids, "<u4").tobytes()
     return int.from_bytes(hashlib.blake2b(data).digest()[:8], "little")
-
-
-def sha256_file(path: str | Path) -> str:
-    """The sha256 of a local file or fsspec URL, as hex."""
-    digest = hashlib.sha256()
-    source = open_source(path)
-    try:
-        for start in range(0, source.size, 2**22):
-            digest.update(source.read(start, min(start + 2**22, source.size)))
-    finally:
-        source.close()
-    return digest.hexdigest()
 
 
 def _row_crc(index: int, starts: bytes, supervised: bytes, block: bytes) -> int:
@@ -142,8 +97,7 @@ def _tensors(first_row: int, rows: list[ShardRow]) -> dict[str, Array]:
     starts = np.stack([np.packbits(row.starts, bitorder="little") for row in rows])
     supervised = np.stack([np.packbits(row.supervised, bitorder="little") for row in rows])
     crcs = [
-        _row_crc(first_row + i, starts[i].tobytes(), supervised[i].tobytes(), row.block)
-        for i, row in enumerate(rows)
+        _row_crc(first_row + i, starts[i].tobytes(), supervised[i].tobytes(), row.block) for i, row in enumerate(rows)
     ]
     return {
         "payload": np.frombuffer(b"".join(row.block for row in rows), np.uint8),
@@ -155,117 +109,11 @@ def _tensors(first_row: int, rows: list[ShardRow]) -> dict[str, Array]:
     }
 
 
-def write_atomically(path: str | Path, data: bytes) -> None:
-    """Puts `data` at `path` so that every reader, and every crash, sees the old file or the whole new one."""
-    path = Path(path)
-    temporary = path.parent / _temporary_name(path.name)
-    try:
-        _write_and_sync(temporary, data)
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise StorageError(_storage_message(path, len(data), error)) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
-
-
-def _write_and_sync(path: Path, data: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
-    try:
-        left = memoryview(data)
-        while left:
-            left = left[os.write(descriptor, left) :]
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_folder(folder: Path) -> None:
-    """A rename is only safe from a power cut once its folder is synced; Windows cannot open folders."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _storage_message(path: Path, size: int, error: OSError) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return (
-            f"no space left for {path} ({size} bytes); every file finished before is kept: "
-            "free some space and run the same command again to continue"
-        )
-    return f"cannot write {path} ({size} bytes): {error.strerror or error}; files finished before are kept"
-
-
-def _temporary_name(name: str) -> str:
-    host = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())
-    return f".{name}.{host}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
-
-
-def temporary_owner(name: str) -> tuple[str, int] | None:
-    """(host, process id) of the writer of a temporary file; None when the name is not one of ours."""
-    match = re.fullmatch(r"\..+\.([A-Za-z0-9-]*)\.(\d{1,9})\.[0-9a-f]{8}\.tmp", name)
-    return (match[1], int(match[2])) if match else None
-
-
-# --- where the bytes come from ----------------------------------------------------------------------------
-
-
-class Source(Protocol):
-    """Random access to the bytes of one file."""
-
-    size: int
-
-    def read(self, start: int, end: int) -> bytes: ...
-    def close(self) -> None: ...
-
-
-class _Mapped:
-    """A local file, memory-mapped; slices are copies, so closing never pulls memory from under an array."""
-
-    def __init__(self, path: str | Path) -> None:
-        with open(path, "rb") as file:
-            self.size = os.fstat(file.fileno()).st_size
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else None
-
-    def read(self, start: int, end: int) -> bytes:
-        return self._map[start:end] if self._map else b""
-
-    def close(self) -> None:
-        if self._map:
-            self._map.close()
-
-
-class _Ranges:
-    """A file behind an fsspec URL, read by byte ranges: one request per row."""
-
-    def __init__(self, url: str) -> None:
-        from fsspec.core import url_to_fs
-
-        self._files, self._path = url_to_fs(url)
-        self.size = int(self._files.info(self._path)["size"] or 0)
-
-    def read(self, start: int, end: int) -> bytes:
-        return bytes(self._files.cat_file(self._path, start=start, end=end)) if end > start else b""
-
-    def close(self) -> None:
-        pass
-
-
-def open_source(path: str | Path) -> Source:
-    """The bytes of a local path or an fsspec URL; FileNotFoundError when there is none."""
-    return _Ranges(str(path)) if "://" in str(path) else _Mapped(path)
-
-
 # --- reading ----------------------------------------------------------------------------------------------
 
 
 class ShardReader:
-    """An open shard: `header`, `len()`, `read_row(i)`. Its index is checked at open, each row when it is read.
+    """An open shard: `header`, `len()`, `read_row(i)`. The index is checked at open, a row when it is read.
 
     Raises:
         FileNotFoundError: no such file.
@@ -315,7 +163,7 @@ class ShardReader:
         return len(self._crcs)
 
     def read_row(self, row: int) -> ShardRow:
-        """Row `row` of this shard (0 .. len - 1), in one range; FormatError when its crc32c does not match."""
+        """Row `row` of this shard (0 .. len - 1), in one range; FormatError when its crc32c is wrong."""
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of a shard of {len(self)} rows")
         begin, end = int(self._offsets[row]), int(self._offsets[row + 1])
@@ -402,8 +250,7 @@ def check_version(header: dict[str, Any], path: str) -> None:
         raise FormatError(f"{path}: format_version is {ascii(version)[:60]}, expected {FORMAT_VERSION}")
     if version > FORMAT_VERSION:
         raise VersionError(
-            f"{path}: written by a newer sparsekd (format {version}, this one reads {FORMAT_VERSION}); "
-            "upgrade sparsekd"
+            f"{path}: written by a newer sparsekd (format {version}, this one reads {FORMAT_VERSION}); upgrade sparsekd"
         )
 
 

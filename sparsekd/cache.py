@@ -1,0 +1,351 @@
+"""A cache: a folder of shards and `manifest.json`. The cache is the training set.
+
+    writer = CacheWriter("cache/", spec)
+    for shard in writer.missing():
+        writer.write(shard, records)         # RowRecords of exactly that shard's rows
+    writer.finalize()
+    reader = CacheReader("cache/")            # or an fsspec URL
+    row = reader[17]                          # row.input_ids [L], row.targets (L - 1 positions)
+
+A shard that exists is complete; resuming means making the shards that are missing or fail their checks, in any
+process and any order, and always ends in the same bytes.
+
+Shapes: L tokens of a row, K entries of its longest position.
+"""
+
+from __future__ import annotations
+
+import operator
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .canary import alignment, check_alignment
+from .codec import FlatTargets
+from .errors import FormatError, IncompleteError, MismatchError, RecipeError
+from .files import is_url, join, list_folder, read_file, remove_stale_files, sha256_file, write_atomically
+from .folder import (
+    RowRecord,
+    check_shard,
+    checked_header,
+    decode_record,
+    encode_record,
+    found_specs,
+    rebuild_manifest,
+)
+from .manifest import (
+    MANIFEST,
+    CacheSpec,
+    check_entry,
+    check_same_spec,
+    first_difference,
+    make_header,
+    manifest_bytes,
+    missing_message,
+    parse_manifest,
+    shard_name,
+    shard_numbers,
+    sum_stats,
+)
+from .shard import ShardReader, write_shard
+
+Array = NDArray[Any]
+Json = dict[str, Any]
+_OPEN_SHARDS = 32
+
+__all__ = [
+    "CacheReader",
+    "CacheSpec",
+    "CacheWriter",
+    "Row",
+    "RowRecord",
+    "RowTargets",
+    "VerifyReport",
+    "alignment",
+    "check_alignment",
+    "verify",
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowTargets:
+    """ids [L - 1, K] int64 and weights [L - 1, K] float32; weight 0 is padding, or an unsupervised position."""
+
+    ids: Array
+    weights: Array
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One row as it is read: input_ids [L] uint32, starts and supervised [L] bool, targets of L - 1 positions."""
+
+    index: int
+    input_ids: Array
+    starts: Array
+    supervised: Array
+    targets: RowTargets
+
+
+# --- writing --------------------------------------------------------------------------------------------
+
+
+class CacheWriter:
+    """Makes the shards of one cache, in a local folder, alone or beside other processes.
+
+    Raises:
+        MismatchError: the folder holds a cache of another spec.
+        RecipeError: the path is a URL.
+    """
+
+    def __init__(self, path: str | Path, spec: CacheSpec, engine: Json | None = None) -> None:
+        if is_url(path):
+            raise RecipeError(f"a cache is written to a local folder, not to {path}; copy it there afterwards")
+        self.path, self.spec, self.engine = Path(path), spec, engine or {}
+        self.path.mkdir(parents=True, exist_ok=True)
+        remove_stale_files(self.path)
+        for where, found in found_specs(self.path):
+            check_same_spec(found, spec, where)
+
+    def missing(self, shard_range: range | None = None) -> list[int]:
+        """The shards (of `shard_range`, or all) that are absent or fail their checks, every row included."""
+        shards = range(self.spec.shards) if shard_range is None else shard_range
+        return [shard for shard in shards if check_shard(self.path, self.spec, shard)[1]]
+
+    def write(self, shard: int, records: Iterable[RowRecord]) -> None:
+        """Writes one shard from the records of exactly its rows (`spec.shard_range(shard)`), or nothing.
+
+        Raises:
+            MismatchError: another number of rows, another seq_len, targets that do not fit the codec.
+            StorageError: the disk is full.
+        """
+        if not 0 <= shard < self.spec.shards:
+            raise IndexError(f"shard {shard} of {self.spec.shards}")
+        wanted = self.spec.shard_range(shard)
+        encoded = [encode_record(record, self.spec) for record in records]
+        if len(encoded) != len(wanted):
+            raise MismatchError(
+                f"shard {shard} holds the {len(wanted)} rows {wanted.start}..{wanted.stop - 1}, "
+                f"got {len(encoded)} records; give exactly its rows"
+            )
+        stats = sum_stats([each for _, each in encoded])
+        header = make_header(self.spec, shard, stats, self.engine)
+        write_shard(self.path / shard_name(shard), header, [row for row, _ in encoded])
+
+    def finalize(self) -> Json:
+        """Aggregates the headers into manifest.json and returns it. Safe to call from several processes.
+
+        Raises:
+            IncompleteError: shards are missing.
+        """
+        manifest = rebuild_manifest(self.path, self.spec, checksums=True)
+        write_atomically(self.path / MANIFEST, manifest_bytes(manifest))
+        return manifest
+
+
+# --- reading --------------------------------------------------------------------------------------------
+
+
+class CacheReader:
+    """A cache opened for reading: `len(reader)`, `reader[i]`, `.manifest`, `.spec`, `.stats`.
+
+    Takes a local folder or an fsspec URL. A few shards stay open; handles are dropped when pickled, so a
+    reader can go to data loader workers. Threads may share one reader.
+
+    Raises:
+        IncompleteError: there is no cache, or shards are missing.
+        FormatError: damaged or hostile files, at open or when a row is read.
+        VersionError: a cache from a newer sparsekd.
+        MismatchError: manifest.json and a shard belong to different captures.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = str(path)
+        self.manifest, self.spec = _open_manifest(self.path)
+        self._shards: OrderedDict[int, ShardReader] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def stats(self) -> Json:
+        """Totals over the rows: tokens, positions, pairs, payload_bytes, id_max, next_token_hits, ..."""
+        stats: Json = self.manifest["stats"]
+        return stats
+
+    def __len__(self) -> int:
+        return self.spec.rows
+
+    def __getitem__(self, index: int) -> Row:
+        """Row `index`, like a list: negative indices count from the end, IndexError outside."""
+        index = self._index(index)
+        record = self.record(index)
+        return Row(
+            index=index,
+            input_ids=record.input_ids,
+            starts=record.starts,
+            supervised=record.supervised,
+            targets=_spread(record.targets, record.supervised[1:]),
+        )
+
+    def flat(self, index: int) -> FlatTargets:
+        """The targets of row `index`, for its supervised positions only, as flat arrays."""
+        return self.record(index).targets
+
+    def record(self, index: int) -> RowRecord:
+        """Row `index` as it was given to the writer."""
+        index = self._index(index)
+        shard, row = divmod(index, self.spec.shard_rows)
+        reader = self._shard(shard)
+        return decode_record(reader.read_row(row), self.spec, f"{reader.path}: row {index}")
+
+    def _index(self, index: int) -> int:
+        found = operator.index(index)
+        if not -len(self) <= found < len(self):
+            raise IndexError(f"row {found} of a cache of {len(self)} rows")
+        return found % len(self)
+
+    def _shard(self, shard: int) -> ShardReader:
+        """The open shard. One pushed out is left to whoever still reads it and closes when they let go."""
+        with self._lock:
+            if shard not in self._shards:
+                self._shards[shard] = self._open_shard(shard)
+                if len(self._shards) > _OPEN_SHARDS:
+                    self._shards.popitem(last=False)
+            self._shards.move_to_end(shard)
+            return self._shards[shard]
+
+    def _open_shard(self, shard: int) -> ShardReader:
+        file = join(self.path, shard_name(shard))
+        try:
+            reader = ShardReader(file)
+        except FileNotFoundError:
+            raise IncompleteError(
+                f"{file}: is missing, {MANIFEST} lists it; run the same capture again to make it"
+            ) from None
+        check_entry(self.manifest["shards"][shard], checked_header(reader, self.spec, shard), file)
+        return reader
+
+    def close(self) -> None:
+        """Closes the open shards; reading again opens them again."""
+        with self._lock:
+            while self._shards:
+                self._shards.popitem()[1].close()
+
+    def __enter__(self) -> CacheReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __getstate__(self) -> Json:
+        return {"path": self.path, "manifest": self.manifest, "spec": self.spec}
+
+    def __setstate__(self, state: Json) -> None:
+        self.__dict__.update(state, _shards=OrderedDict(), _lock=threading.Lock())
+
+
+def _open_manifest(path: str) -> tuple[Json, CacheSpec]:
+    file = join(path, MANIFEST)
+    try:
+        manifest, spec = parse_manifest(read_file(file), file)
+    except FileNotFoundError:
+        spec = _any_spec(path)
+        return rebuild_manifest(path, spec, checksums=False), spec
+    if not is_url(path):  # remotely, a listing can cost more than the epoch: a missing shard shows when read
+        present = shard_numbers(list_folder(path))
+        if not present >= set(range(spec.shards)):
+            raise IncompleteError(missing_message(path, present, spec.shards))
+    return manifest, spec
+
+
+def _any_spec(path: str | Path) -> CacheSpec:
+    for _, spec in found_specs(path):
+        return spec
+    raise IncompleteError(
+        f"{path}: no cache here, neither {MANIFEST} nor a shard that can be read; check the path, or capture it"
+    )
+
+
+def _spread(flat: FlatTargets, supervised: Array) -> RowTargets:
+    """Targets of supervised positions -> padded targets of all positions; supervised [L - 1]."""
+    ids_PK, weights_PK = flat.padded()
+    ids = np.zeros((len(supervised), ids_PK.shape[1]), np.int64)
+    weights = np.zeros(ids.shape, np.float32)
+    ids[supervised] = ids_PK
+    weights[supervised] = weights_PK
+    return RowTargets(ids=ids, weights=weights)
+
+
+# --- verifying ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerifyReport:
+    """What `verify` found: rows and shards it checked, and one sentence per problem."""
+
+    rows: int
+    shards: int
+    problems: list[str]
+
+
+def verify(path: str | Path, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
+    """Reads every byte of a cache: manifest, sha256, headers, every row's crc32c, codes, hash and statistics.
+
+    `progress(done, total)` is called after each shard. Any flipped bit in any shard is reported.
+
+    Raises:
+        IncompleteError: there is no cache at all.
+        VersionError: it is from a newer sparsekd.
+    """
+    problems: list[str] = []
+    manifest = _manifest_if_sound(path, problems)
+    spec = CacheSpec.from_dict(manifest["spec"]) if manifest else _any_spec(path)
+    present = shard_numbers(list_folder(path))
+    numbers = sorted(shard for shard in present if shard < spec.shards)
+    if len(numbers) < spec.shards:
+        problems.append(missing_message(str(path), present, spec.shards))
+    rows = 0
+    for done, shard in enumerate(numbers, 1):
+        rows += _verify_shard(path, spec, shard, manifest, problems)
+        if progress:
+            progress(done, len(numbers))
+    if manifest and not problems:
+        problems += _manifest_problems(path, manifest, spec)
+    return VerifyReport(rows=rows, shards=len(numbers), problems=problems)
+
+
+def _manifest_if_sound(path: str | Path, problems: list[str]) -> Json | None:
+    file = join(path, MANIFEST)
+    try:
+        return parse_manifest(read_file(file), file)[0]
+    except FileNotFoundError:
+        return None
+    except FormatError as error:
+        problems.append(str(error))
+        return None
+
+
+def _verify_shard(path: str | Path, spec: CacheSpec, shard: int, manifest: Json | None, problems: list[str]) -> int:
+    """Appends a shard's problems; returns the number of rows that were checked."""
+    header, found = check_shard(path, spec, shard)
+    problems += found
+    file = join(path, shard_name(shard))
+    recorded = manifest["shards"][shard]["sha256"] if manifest else None
+    if recorded is not None:
+        digest = sha256_file(file)
+        if digest != recorded:
+            problems.append(f"{file}: sha256 is {digest}, {MANIFEST} says {ascii(recorded)[:80]}")
+    return header["rows"] if header else 0
+
+
+def _manifest_problems(path: str | Path, manifest: Json, spec: CacheSpec) -> list[str]:
+    rebuilt = rebuild_manifest(path, spec, checksums=True)
+    if manifest_bytes(rebuilt) == read_file(join(path, MANIFEST)):
+        return []
+    difference = first_difference(rebuilt, manifest) or ("its form", "canonical", "not canonical")
+    key, real, said = difference
+    return [f"{join(path, MANIFEST)}: {key} is {ascii(said)[:80]}, the shards say {ascii(real)[:80]}"]

@@ -1,0 +1,144 @@
+"""A cache's folder, checked: which shards are there, what their headers say, whether each row is sound.
+
+Shapes: L tokens of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from .codec import FlatTargets, decode_row, encode_row
+from .errors import FormatError, IncompleteError, MismatchError, SparseKDError
+from .files import file_size, join, list_folder, read_file, sha256_file
+from .manifest import (
+    MANIFEST,
+    CacheSpec,
+    check_same_spec,
+    header_spec,
+    make_manifest,
+    missing_message,
+    parse_manifest,
+    row_stats,
+    same_stats,
+    shard_name,
+    shard_numbers,
+    sum_stats,
+)
+from .shard import ShardReader, ShardRow, hash_ids
+
+Array = NDArray[Any]
+Json = dict[str, Any]
+
+
+# --- rows ---
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowRecord:
+    """One row as it is written: ids [L], targets of its supervised positions, [L] bool masks.
+
+    starts: where documents start. supervised: token p + 1 is learnt from target p iff supervised[p + 1].
+    """
+
+    input_ids: Array
+    targets: FlatTargets
+    starts: Array
+    supervised: Array
+
+
+def encode_record(record: RowRecord, spec: CacheSpec) -> tuple[ShardRow, Json]:
+    """The row as bytes and its statistics, counted on what a reader will get back."""
+    for name in ("input_ids", "starts", "supervised"):
+        shape = getattr(record, name).shape
+        if shape != (spec.seq_len,):
+            raise MismatchError(
+                f"packing differs: the cache has seq_len={spec.seq_len}, {name} has shape {shape}; "
+                f"re-pack with seq_len={spec.seq_len}"
+            )
+    supervised = record.supervised.astype(bool)
+    block = encode_row(record.input_ids, record.targets, supervised, spec.codec)
+    input_ids, targets = decode_row(block, spec.seq_len, supervised, spec.codec)
+    row = ShardRow(
+        block=block,
+        input_hash=hash_ids(input_ids),
+        starts=record.starts.astype(bool),
+        supervised=supervised,
+    )
+    return row, row_stats(input_ids, targets, supervised, len(block))
+
+
+# --- shards ---
+
+
+def rebuild_manifest(path: str | Path, spec: CacheSpec, *, checksums: bool) -> Json:
+    """The manifest from the shards' headers; sizes and sha256 only with `checksums`, which reads every byte."""
+    present = shard_numbers(list_folder(path))
+    if not present >= set(range(min(spec.shards, len(present) + 1))):
+        raise IncompleteError(missing_message(str(path), present, spec.shards))
+    headers, files = [], []
+    for shard in range(spec.shards):
+        file = join(path, shard_name(shard))
+        with ShardReader(file) as reader:
+            headers.append(checked_header(reader, spec, shard))
+        files.append((file_size(file), sha256_file(file)) if checksums else None)
+    return make_manifest(headers, files)
+
+
+def checked_header(reader: ShardReader, spec: CacheSpec, shard: int) -> Json:
+    check_same_spec(header_spec(reader.header, reader.path), spec, reader.path)
+    if reader.header["shard"] != shard:
+        raise FormatError(f"{reader.path}: holds shard {reader.header['shard']}, expected {shard}; renamed?")
+    return reader.header
+
+
+def found_specs(path: str | Path) -> Iterator[tuple[str, CacheSpec]]:
+    """(where, spec) of the manifest and of each shard that can be read; damaged files are passed over."""
+    with suppress(FormatError, FileNotFoundError):
+        yield join(path, MANIFEST), parse_manifest(read_file(join(path, MANIFEST)), join(path, MANIFEST))[1]
+    for shard in sorted(shard_numbers(list_folder(path))):
+        with suppress(FormatError, FileNotFoundError), ShardReader(join(path, shard_name(shard))) as reader:
+            yield reader.path, header_spec(reader.header, reader.path)
+
+
+def decode_record(row: ShardRow, spec: CacheSpec, where: str) -> RowRecord:
+    try:
+        input_ids, targets = decode_row(row.block, spec.seq_len, row.supervised, spec.codec)
+    except FormatError as error:
+        raise FormatError(f"{where}: {error}") from None
+    return RowRecord(input_ids=input_ids, targets=targets, starts=row.starts, supervised=row.supervised)
+
+
+def check_shard(path: str | Path, spec: CacheSpec, shard: int) -> tuple[Json | None, list[str]]:
+    """A shard's header if it can be read, and everything that is wrong with the shard."""
+    file = join(path, shard_name(shard))
+    try:
+        with ShardReader(file) as reader:
+            header = checked_header(reader, spec, shard)
+            return header, list(_row_problems(reader, spec))
+    except FileNotFoundError:
+        return None, [f"{file}: is missing; run the same capture again to make it"]
+    except SparseKDError as error:
+        return None, [str(error)]
+
+
+def _row_problems(reader: ShardReader, spec: CacheSpec) -> Iterator[str]:
+    stats = []
+    for row in range(len(reader)):
+        where = f"{reader.path}: row {reader.header['first_row'] + row}"
+        try:
+            stored = reader.read_row(row)
+            record = decode_record(stored, spec, where)
+        except FormatError as error:
+            yield str(error)
+            continue
+        if hash_ids(record.input_ids) != stored.input_hash:
+            yield f"{where}: its input ids do not have the recorded hash"
+        stats.append(row_stats(record.input_ids, record.targets, record.supervised, len(stored.block)))
+    if len(stats) == len(reader) and not same_stats(reader.header["stats"], sum_stats(stats)):
+        yield f"{reader.path}: its rows do not have the statistics in its header"
