@@ -49,6 +49,7 @@ from .manifest import (
     manifest_bytes,
     missing_message,
     parse_manifest,
+    plain_json,
     shard_name,
     shard_numbers,
     sum_stats,
@@ -106,7 +107,7 @@ class CacheWriter:
     def __init__(self, path: str | Path, spec: CacheSpec, engine: Json | None = None) -> None:
         if is_url(path):
             raise RecipeError(f"a cache is written to a local folder, not to {path}; copy it there afterwards")
-        self.path, self.spec, self.engine = Path(path), spec, engine or {}
+        self.path, self.spec, self.engine = Path(path), spec, plain_json("engine", engine or {})
         self.path.mkdir(parents=True, exist_ok=True)
         remove_stale_files(self.path)
         for where, found in found_specs(self.path):
@@ -127,12 +128,13 @@ class CacheWriter:
         if not 0 <= shard < self.spec.shards:
             raise IndexError(f"shard {shard} of {self.spec.shards}")
         wanted = self.spec.shard_range(shard)
-        encoded = [encode_record(record, self.spec) for record in records]
-        if len(encoded) != len(wanted):
+        given = list(records)
+        if len(given) != len(wanted):
             raise MismatchError(
                 f"shard {shard} holds the {len(wanted)} rows {wanted.start}..{wanted.stop - 1}, "
-                f"got {len(encoded)} records; give exactly its rows"
+                f"got {len(given)} records; give exactly its rows"
             )
+        encoded = [encode_record(record, self.spec, row) for row, record in zip(wanted, given, strict=True)]
         stats = sum_stats([each for _, each in encoded])
         header = make_header(self.spec, shard, stats, self.engine)
         write_shard(self.path / shard_name(shard), header, [row for row, _ in encoded])

@@ -22,6 +22,7 @@ Array = NDArray[Any]
 Spec = Mapping[str, Any]
 
 _OCTAVE = 1024  # log-codes count 1/1024 octaves: half a unit is a relative error of 0.034 %
+_MOST_PADDED = 2**31  # bytes; a file of some MB must not make us allocate more
 _SMALLEST = 150 * _OCTAVE  # 2^-149 is the smallest positive float32
 
 
@@ -77,8 +78,17 @@ class FlatTargets:
         return np.repeat(tokens.astype(np.int64), self.sizes) == self.ids
 
     def padded(self) -> tuple[Array, Array]:
-        """ids [P, K] int64 and weights [P, K] float32; id 0 with weight 0 is padding, and K is at least 1."""
+        """ids [P, K] int64 and weights [P, K] float32; id 0 with weight 0 is padding, and K is at least 1.
+
+        Raises:
+            FormatError: one hostile position would blow the arrays up beyond 2 GiB.
+        """
         width = max(1, int(self.sizes.max(initial=0)))
+        if len(self.sizes) * width * 12 > _MOST_PADDED:
+            raise FormatError(
+                f"padding {len(self.sizes)} positions to {width} entries needs "
+                f"{len(self.sizes) * width * 12} bytes, over {_MOST_PADDED}; use the flat arrays"
+            )
         kept = np.arange(width) < self.sizes[:, None]
         ids = np.zeros(kept.shape, np.int64)
         weights = np.zeros(kept.shape, np.float32)

@@ -187,8 +187,8 @@ def open_source(path: str | Path) -> Source:
         return _Ranges(str(path)) if is_url(path) else _Mapped(path)
     except FileNotFoundError:
         raise
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror or error}; check its permissions") from error
+    except (OSError, ImportError, ValueError) as error:  # fsspec: an unknown scheme, a missing driver
+        raise StorageError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def join(folder: str | Path, name: str) -> str:

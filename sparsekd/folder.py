@@ -19,7 +19,7 @@ from .files import file_size, join, list_folder, read_file, sha256_file
 from .manifest import (
     MANIFEST,
     CacheSpec,
-    check_same_spec,
+    first_difference,
     header_spec,
     make_manifest,
     missing_message,
@@ -28,6 +28,7 @@ from .manifest import (
     same_stats,
     shard_name,
     shard_numbers,
+    short,
     sum_stats,
 )
 from .shard import ShardReader, ShardRow, hash_ids
@@ -36,7 +37,7 @@ Array = NDArray[Any]
 Json = dict[str, Any]
 
 
-# --- rows ---
+# --- rows ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,28 +53,40 @@ class RowRecord:
     supervised: Array
 
 
-def encode_record(record: RowRecord, spec: CacheSpec) -> tuple[ShardRow, Json]:
-    """The row as bytes and its statistics, counted on what a reader will get back."""
+def encode_record(record: RowRecord, spec: CacheSpec, row: int) -> tuple[ShardRow, Json]:
+    """The row as bytes and its statistics, counted on what a reader will get back.
+
+    Raises:
+        MismatchError: another seq_len, or targets that do not fit the codec; `row` is named.
+    """
     for name in ("input_ids", "starts", "supervised"):
         shape = getattr(record, name).shape
         if shape != (spec.seq_len,):
             raise MismatchError(
-                f"packing differs: the cache has seq_len={spec.seq_len}, {name} has shape {shape}; "
-                f"re-pack with seq_len={spec.seq_len}"
+                f"packing differs: the cache has seq_len={spec.seq_len}, {name} of row {row} has shape "
+                f"{shape}; re-pack with seq_len={spec.seq_len}"
             )
     supervised = record.supervised.astype(bool)
-    block = encode_row(record.input_ids, record.targets, supervised, spec.codec)
+    try:
+        block = encode_row(record.input_ids, record.targets, supervised, spec.codec)
+    except MismatchError as error:
+        raise MismatchError(f"row {row}: {error}") from None
     input_ids, targets = decode_row(block, spec.seq_len, supervised, spec.codec)
-    row = ShardRow(
-        block=block,
-        input_hash=hash_ids(input_ids),
-        starts=record.starts.astype(bool),
-        supervised=supervised,
-    )
-    return row, row_stats(input_ids, targets, supervised, len(block))
+    starts = record.starts.astype(bool)
+    stored = ShardRow(block=block, input_hash=hash_ids(input_ids), starts=starts, supervised=supervised)
+    return stored, row_stats(input_ids, targets, supervised, len(block))
 
 
-# --- shards ---
+def decode_record(row: ShardRow, spec: CacheSpec, where: str) -> RowRecord:
+    """The inverse of `encode_record`; FormatError, beginning with `where`, for bytes no encoder writes."""
+    try:
+        input_ids, targets = decode_row(row.block, spec.seq_len, row.supervised, spec.codec)
+    except FormatError as error:
+        raise FormatError(f"{where}: {error}") from None
+    return RowRecord(input_ids=input_ids, targets=targets, starts=row.starts, supervised=row.supervised)
+
+
+# --- shards -------------------------------------------------------------------------------------------
 
 
 def rebuild_manifest(path: str | Path, spec: CacheSpec, *, checksums: bool) -> Json:
@@ -91,7 +104,15 @@ def rebuild_manifest(path: str | Path, spec: CacheSpec, *, checksums: bool) -> J
 
 
 def checked_header(reader: ShardReader, spec: CacheSpec, shard: int) -> Json:
-    check_same_spec(header_spec(reader.header, reader.path), spec, reader.path)
+    """A shard's header, once it belongs to this cache: MismatchError for another cache's shard."""
+    found = header_spec(reader.header, reader.path)
+    difference = first_difference(found.as_dict(), spec.as_dict())
+    if difference:
+        key, has, others = difference
+        raise MismatchError(
+            f"{reader.path} has {key}={short(has)}, this cache has {key}={short(others)}; "
+            "the folder mixes two captures: delete the shard and run the same capture again"
+        )
     if reader.header["shard"] != shard:
         raise FormatError(f"{reader.path}: holds shard {reader.header['shard']}, expected {shard}; renamed?")
     return reader.header
@@ -104,14 +125,6 @@ def found_specs(path: str | Path) -> Iterator[tuple[str, CacheSpec]]:
     for shard in sorted(shard_numbers(list_folder(path))):
         with suppress(FormatError, FileNotFoundError), ShardReader(join(path, shard_name(shard))) as reader:
             yield reader.path, header_spec(reader.header, reader.path)
-
-
-def decode_record(row: ShardRow, spec: CacheSpec, where: str) -> RowRecord:
-    try:
-        input_ids, targets = decode_row(row.block, spec.seq_len, row.supervised, spec.codec)
-    except FormatError as error:
-        raise FormatError(f"{where}: {error}") from None
-    return RowRecord(input_ids=input_ids, targets=targets, starts=row.starts, supervised=row.supervised)
 
 
 def check_shard(path: str | Path, spec: CacheSpec, shard: int) -> tuple[Json | None, list[str]]:

@@ -62,7 +62,7 @@ class CacheSpec:
                 raise RecipeError(f"{name}={value!r}, expected a whole number of at least {least}")
         for name in ("codec", "sampler", "teacher", "tokenizer", "data", "capture"):
             # A tuple written as JSON comes back a list: normalise, or a spec would not equal itself.
-            object.__setattr__(self, name, _plain(name, getattr(self, name)))
+            object.__setattr__(self, name, plain_json(name, getattr(self, name)))
         check_codec(self.codec)
         if self.codec["logit_width"] != self.logit_width:
             raise RecipeError(
@@ -96,7 +96,8 @@ class CacheSpec:
             raise FormatError(f"{where}: its spec is impossible: {error}") from None
 
 
-def _plain(name: str, value: Any) -> Any:
+def plain_json(name: str, value: Any) -> Json:
+    """A dict as it will come back from a file; RecipeError when it cannot be written as JSON."""
     try:
         plain = json.loads(canonical_json(value))
     except (TypeError, ValueError, RecursionError) as error:
@@ -124,12 +125,13 @@ def check_same_spec(old: CacheSpec, new: CacheSpec, where: str) -> None:
     if difference:
         key, was, wanted = difference
         raise MismatchError(
-            f"{where} was captured with {key}={_short(was)}, this capture has {key}={_short(wanted)}; "
-            f"use another out= folder, or {key}={_short(was)}"
+            f"{where} was captured with {key}={short(was)}, this capture has {key}={short(wanted)}; "
+            f"use another out= folder, or {key}={short(was)}"
         )
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value as ASCII text of at most 80 characters, for messages."""
     text = value if value == _ABSENT else ascii(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -220,7 +222,7 @@ def header_spec(header: Json, where: str) -> CacheSpec:
     difference = first_difference(wanted, header)
     if difference:
         key, expected, found = difference
-        raise FormatError(f"{where}: header {key} is {_short(found)}, expected {_short(expected)}")
+        raise FormatError(f"{where}: header {key} is {short(found)}, expected {short(expected)}")
     return spec
 
 
@@ -291,7 +293,7 @@ def _check_entries(entries: Any, spec: CacheSpec, where: str) -> None:
         difference = first_difference(fixed, {name: entry[name] for name in fixed})
         if difference:
             key, wanted, found = difference
-            raise FormatError(f"{where}: shard {shard} has {key}={_short(found)}, expected {wanted}")
+            raise FormatError(f"{where}: shard {shard} has {key}={short(found)}, expected {wanted}")
 
 
 def check_entry(entry: Json, header: Json, where: str) -> None:
@@ -301,7 +303,7 @@ def check_entry(entry: Json, header: Json, where: str) -> None:
     if difference:
         key, found, said = difference
         raise MismatchError(
-            f"{where} has {key}={_short(found)}, {MANIFEST} says {_short(said)}; "
+            f"{where} has {key}={short(found)}, {MANIFEST} says {short(said)}; "
             f"the folder mixes two captures: delete {MANIFEST} and run `sparsekd verify`"
         )
 
