@@ -203,9 +203,7 @@ class Tally:
     def add(self, rows_N: Tensor, **values_N: Tensor) -> None:
         """Adds N tokens: the row each belongs to, and their quantities; every call gives the same names."""
         self._check(rows_N, values_N)
-        rows, inverse, counts = (
-            rows_N.detach().cpu().flatten().unique(return_inverse=True, return_counts=True)
-        )
+        rows, inverse, counts = rows_N.detach().cpu().flatten().unique(return_inverse=True, return_counts=True)
         self._absorb(
             dict(zip(rows.tolist(), counts.tolist(), strict=True)),
             {name: _sum_by(rows, inverse, values) for name, values in values_N.items()},
@@ -301,9 +299,7 @@ def _check_labels(logits_NV: Tensor, labels_N: Tensor) -> None:
     outside = (labels_N < 0) | (labels_N >= logits_NV.shape[-1])
     if outside.any():
         found = int(labels_N[outside][0])
-        raise ValueError(
-            f"label {found} is outside the {logits_NV.shape[-1]} logits; drop ignored positions first"
-        )
+        raise ValueError(f"label {found} is outside the {logits_NV.shape[-1]} logits; drop ignored positions first")
 
 
 def _check_widths(teacher_logits_NV: Tensor, student_logits_NV: Tensor) -> None:

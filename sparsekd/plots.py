@@ -1,8 +1,8 @@
 """The report's figures: numbers -> inline SVG text, drawn by matplotlib, coloured by the page.
 
-Every figure uses one fixed colour per method. Colours are written as CSS variables (`var(--rs)`), so a page can
-restyle them for a dark theme; text stays text, in the page's font. Nothing here reads files or needs torch, and
-matplotlib is imported only when a figure is drawn.
+Every figure uses one fixed colour per method. Colours are written as CSS variables (`var(--rs)`), so a page
+can restyle them for a dark theme; text stays text, in the page's font. Nothing here reads files or needs torch,
+and matplotlib is imported only when a figure is drawn.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-# Light-theme values: distinguishable with any colour vision (blue, orange, green, grey differ in lightness too)
-# and at least 4.5:1 against white, because labels are written in them.
+# Light-theme values: told apart with any colour vision (blue, orange, green, grey) and at least 4.5:1 against
+# the paper, because labels are written in them.
 PALETTE = {
     "ink": "#1b1f24",
     "muted": "#5d6672",
@@ -29,11 +29,24 @@ PALETTE = {
     "extra-2": "#7d6400",
     "extra-3": "#3d4fb0",
 }
-_MARKERS = {"ce": "o", "topk": "s", "rs": "D", "full-kd": "^"}
+# The same names on a dark page.
+DARK = {
+    "ink": "#e9ebee",
+    "muted": "#a3abb6",
+    "line": "#333940",
+    "paper": "#14171a",
+    "ce": "#aab2bd",
+    "topk": "#f5924e",
+    "rs": "#5cb5f2",
+    "full-kd": "#43c79d",
+    "extra-1": "#de93d8",
+    "extra-2": "#d9bb45",
+    "extra-3": "#9aa9f5",
+}
 
 
 def colours(methods: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """{method name: palette name}: the first method of a role has the role's colour, the next ones spare colours."""
+    """{method name: palette name}: a role's first method has the role's colour, later ones spare colours."""
     spare = iter(("extra-1", "extra-2", "extra-3"))
     chosen: dict[str, str] = {"teacher": "ink", "dense": "muted"}
     for m in methods:
@@ -59,7 +72,7 @@ def loss_curves(summary: Mapping[str, Any], *, width: int, height: int) -> str |
     if not methods:
         return None
     paint, top = colours(summary["methods"]), _interesting_top(methods)
-    with _canvas(width, height, left=46, right=0.30 * width if width > 600 else 112, bottom=42) as (
+    with _canvas(width, height, left=46, right=250 if width > 600 else 124, bottom=42) as (
         figure,
         axes,
     ):
@@ -78,7 +91,7 @@ def loss_curves(summary: Mapping[str, Any], *, width: int, height: int) -> str |
 
 
 def differences(summary: Mapping[str, Any], *, width: int) -> str | None:
-    """Loss minus cross-entropy's, paired by seed: mean, standard error, 95 % interval, and one dot per seed."""
+    """Loss minus cross-entropy's, paired by seed: mean, error, 95 % interval, and a dot per seed."""
     methods = [m for m in summary["methods"] if m["against_ce"]]
     if not methods:
         return None
@@ -91,22 +104,16 @@ def differences(summary: Mapping[str, Any], *, width: int) -> str | None:
         _include_zero(axes)
         for row, m in enumerate(reversed(methods)):
             _over_line(axes, row, m, PALETTE[paint[m["name"]]])
-        axes.text(
-            0, 1.02, "cross-entropy", transform=axes.get_xaxis_transform(), ha="center", color=PALETTE["ink"]
-        )
+        axes.text(0, 1.02, "cross-entropy", transform=axes.get_xaxis_transform(), ha="center", color=PALETTE["ink"])
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
         axes.grid(False, axis="y")
         _axis_names(axes, "difference in held-out loss, nats per token (left is better)", "")
-        return _svg(
-            figure, "differences", "Difference from cross-entropy in held-out loss, one row per method."
-        )
+        return _svg(figure, "differences", "Difference from cross-entropy in held-out loss, one row per method.")
 
 
-def reliability(
-    bins: Sequence[Mapping[str, Any]], name: str, label: str, ece: float | None, paint: str
-) -> str | None:
-    """Accuracy against confidence per bin, the gap to the diagonal shaded; grey columns: where the tokens are."""
+def reliability(bins: Sequence[Mapping[str, Any]], name: str, label: str, ece: float | None, paint: str) -> str | None:
+    """Accuracy against confidence, the gap to the diagonal shaded; columns show where the tokens are."""
     used = [b for b in bins if b["count"] and b["confidence"] is not None and b["accuracy"] is not None]
     if not used:
         return None
@@ -139,10 +146,8 @@ def storage(bars: Sequence[Mapping[str, Any]], paint: Mapping[str, str], *, widt
             colour, size = PALETTE[paint.get(b["name"], "muted")], b["bytes_per_token"]
             axes.barh(row - 0.14, size, left=0, height=0.34, color=colour, linewidth=0)
             times = f", {largest / size:,.0f} times smaller" if size < largest / 1.5 else ""
-            axes.text(1.0, row + 0.2, f" {b['label']}: ", color=colour, fontweight="bold", va="center")
-            axes.text(
-                largest, row + 0.2, f"{_size(size)}{times}", color=PALETTE["muted"], va="center", ha="right"
-            )
+            axes.text(1.0, row + 0.2, f" {b['label']}", color=colour, fontweight="bold", va="center")
+            axes.text(largest, row + 0.2, f"{_size(size)}{times}", color=PALETTE["muted"], va="center", ha="right")
         axes.set_xscale("log")
         axes.set(xlim=(1, largest), ylim=(-0.5, len(bars) - 0.5), yticks=[])
         axes.spines["left"].set_visible(False)
@@ -161,9 +166,7 @@ def unique_ids(data: Mapping[str, Any] | None, *, width: int, height: int) -> st
     with _canvas(width, height, left=46, right=20, bottom=42, top=8) as (figure, axes):
         axes.set_xscale("log")
         axes.set_yscale("log")
-        axes.plot(
-            [min(rounds), max(rounds)], [min(rounds), max(rounds)], color=PALETTE["line"], linewidth=1.4
-        )
+        axes.plot([min(rounds), max(rounds)], [min(rounds), max(rounds)], color=PALETTE["line"], linewidth=1.4)
         _along(axes, rounds[len(rounds) // 2 - 1], "one id per round", PALETTE["muted"])
         if law["exponent"] and law["prefactor"]:
             fit = [law["prefactor"] * r ** law["exponent"] for r in rounds]
@@ -193,27 +196,23 @@ def _draw_curve(axes: Any, method: Mapping[str, Any], colour: str) -> tuple[floa
 
 
 def _interesting_top(methods: Sequence[Mapping[str, Any]]) -> float:
-    """The highest loss shown: the fall in the first tenth of training is cut off, or it hides all differences."""
-    late = [[y for x, y in m["curve"] if x >= 0.15 * m["curve"][-1][0]] for m in methods]
+    """The highest loss shown: the first fall is cut off, or it would hide all differences."""
+    late = [[y for x, y in m["curve"] if x >= 0.2 * m["curve"][-1][0]] for m in methods]
     highest, ends = max(max(c) for c in late), [c[-1] for c in late]
     return highest + 0.05 * (highest - min(ends)) + 1e-6
 
 
-def _label_ends(
-    axes: Any, ends: Sequence[tuple[float, float, str, str]], height: int, *, short: bool
-) -> None:
+def _label_ends(axes: Any, ends: Sequence[tuple[float, float, str, str]], height: int, *, short: bool) -> None:
     """Names at the lines' right ends, moved apart where they would overlap, with their last value."""
     low, high = axes.get_ylim()
     step = 17 / (height - 60) * (high - low)
     where = spread([y for _, y, *_ in ends], step)
     last = max(x for x, *_ in ends)
     for (_, y, label, colour), at in zip(ends, where, strict=True):
-        text = f"{y:.3f}" if short else f"{y:.3f}  {label}"
+        text = _short(label, 15) if short else f"{y:.3f}  {label}"
         extra = {"xytext": (12, 0), "textcoords": "offset points", "annotation_clip": False, "va": "center"}
         axes.plot([last, last * 1.012], [y, at], color=colour, linewidth=0.8, clip_on=False)
-        axes.annotate(text, (last, at), color=colour, fontweight="bold", **extra)
-        if short:
-            axes.annotate(_clip(label, 10), (last, at), color=colour, **extra | {"xytext": (52, 0)})
+        axes.annotate(text, (last, at), color=colour, fontweight="bold", fontsize=11 if short else 12.5, **extra)
 
 
 def spread(values: Sequence[float], gap: float) -> list[float]:
@@ -277,8 +276,11 @@ def _axis_names(axes: Any, x: str, y: str) -> None:
     axes.set_ylabel(y, color=PALETTE["muted"], labelpad=5)
 
 
-def _clip(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"
+def _short(text: str, width: int) -> str:
+    """As many leading words, without a bracketed remark, as fit; at least one."""
+    words = text.split(" (")[0].split()
+    fitting = [" ".join(words[:n]) for n in range(1, len(words) + 1) if len(" ".join(words[:n])) <= width]
+    return fitting[-1] if fitting else text[: width - 1] + "…"
 
 
 def _size(size: float) -> str:
@@ -335,7 +337,7 @@ def _svg(figure: Any, name: str, title: str) -> str:
 
 
 def restyle(svg: str, name: str, title: str) -> str:
-    """Matplotlib's SVG file as an inline element for HTML; ids get the figure's name, as a page holds several."""
+    """Matplotlib's SVG file as an inline element for HTML; ids get the figure's name, since a page holds many."""
     from html import escape
 
     svg = svg[svg.index("<svg") :]

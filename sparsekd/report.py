@@ -1,9 +1,7 @@
 """A finished run's folder -> `report.json` (numbers) and one self-contained `report.html` to look at.
 
-Reads only the JSON that the other stages wrote, opens no model and no torch. What is missing or damaged becomes
-a visible note, never a crash and never a guess. Losses are in nats per token; rates are shares in [0, 1].
-A difference between methods is paired by seed (same seed = same initial weights, same order of rows) and counts
-only where its 95 % Student-t interval over seeds excludes zero.
+Reads only the JSON that the other stages wrote: no model, no torch. What is missing or damaged becomes a
+visible note, never a crash and never a guess. Losses are in nats per token; rates are shares in [0, 1].
 """
 
 from __future__ import annotations
@@ -13,35 +11,19 @@ import math
 import os
 import re
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sparsekd.comparison import compare, comparisons, over_seeds, verdict
 from sparsekd.errors import SourceError
 from sparsekd.report_page import render_html
 
-__all__ = ["aggregate", "render_html", "report", "terminal_table", "verdict"]
+__all__ = ["aggregate", "render_html", "report", "terminal_table"]
 
 Summary = dict[str, Any]
 
-# The 97.5 % quantile of Student's t for 1, 2, 3... degrees of freedom; three seeds need 4.3 errors, not 1.96.
-_T975 = (
-    12.706,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-    2.228,
-    2.201,
-    2.179,
-    2.160,
-    2.145,
-    2.131,
-)
 _PER_SEED = ("perplexity", "bits_per_byte", "ece")
 _STUDENT = re.compile(r"(?P<method>.+)-s(?P<seed>\d+)")
 
@@ -70,19 +52,15 @@ def aggregate(folder: str | Path) -> Summary:
             f"no results in {root}: neither run.json nor students/*/evaluation.json is there; "
             f"make them first, for example with `sparsekd demo out={root}`"
         )
-    _compare(methods, notes)
+    compare(methods, notes)
     _name_strangers(root, methods, notes)
-    summary: Summary = {
-        key: run.get(key) for key in ("title", "profile", "machine", "seeds", "corpus", "student")
-    }
+    summary: Summary = {key: run.get(key) for key in ("title", "profile", "machine", "seeds", "corpus", "student")}
     summary |= {key: run.get(key) or {} for key in ("commands", "seconds", "versions", "teacher")}
-    summary["teacher"] = _dict(summary["teacher"]) | {
-        "evaluation": _evaluation(root / "teacher", root, notes)
-    }
+    summary["teacher"] = _dict(summary["teacher"]) | {"evaluation": _evaluation(root / "teacher", root, notes)}
     summary["methods"] = methods
     summary["storage"] = _storage(root, methods, summary["teacher"], notes)
     summary["unique_ids"] = _unique_ids(root, notes)
-    summary["comparisons"] = _comparisons(methods)
+    summary["comparisons"] = comparisons(methods)
     summary["verdict"] = verdict(methods, summary["comparisons"])
     summary["notes"] = notes
     return summary
@@ -107,9 +85,9 @@ def _method(root: Path, spec: Mapping[str, Any], run: Mapping[str, Any], notes: 
     method: dict[str, Any] = {"name": name, "label": str(spec.get("label") or name), "role": role(name)}
     method |= {"cache": spec.get("cache"), "students": students}
     for key in ("loss", "acceptance", "agreement"):
-        method[key] = _over_seeds(s[key] and s[key]["mean"] for s in students)
+        method[key] = over_seeds(s[key] and s[key]["mean"] for s in students)
     for key in _PER_SEED:
-        method[key] = _over_seeds(s[key] for s in students)
+        method[key] = over_seeds(s[key] for s in students)
     method["reliability"] = _pool([s["reliability"] for s in students])
     method["curve"] = _mean_curve([s["curve"] for s in students])
     return method
@@ -128,6 +106,9 @@ def _seeds_on_disk(root: Path, name: str) -> list[int]:
 
 def _student(root: Path, name: str, seed: int, notes: list[str]) -> dict[str, Any] | None:
     folder = root / "students" / f"{name}-s{seed}"
+    if not folder.is_dir():
+        notes.append(f"students/{folder.name} is missing.")
+        return None
     evaluation = _evaluation(folder, root, notes)
     training = _read(folder / "metrics.json", root, notes)
     if evaluation is None and training is None:
@@ -155,9 +136,7 @@ def _evaluation_of(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def _estimate_of(raw: Any) -> dict[str, float | None] | None:
     mean = _number(raw.get("mean") if isinstance(raw, dict) else raw)
-    return (
-        None if mean is None else {"mean": mean, "standard_error": _number(_dict(raw).get("standard_error"))}
-    )
+    return None if mean is None else {"mean": mean, "standard_error": _number(_dict(raw).get("standard_error"))}
 
 
 def _bins(raw: Any) -> list[dict[str, Any]]:
@@ -176,174 +155,15 @@ def _pool(diagrams: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 def _pool_bin(bins: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     used = [b for b in bins if b["count"] and b["confidence"] is not None and b["accuracy"] is not None]
     n = sum(b["count"] for b in used)
-    means = {
-        key: sum(b["count"] * b[key] for b in used) / n if n else None for key in ("confidence", "accuracy")
-    }
+    means = {key: sum(b["count"] * b[key] for b in used) / n if n else None for key in ("confidence", "accuracy")}
     return {"count": n, **means}
 
 
 def _mean_curve(curves: Iterable[list[list[float]]]) -> list[list[float]]:
     """[step, mean loss] at the steps that every seed evaluated."""
-    tables = [dict(curve) for curve in curves if curve]
-    shared = sorted(set.intersection(*map(set, tables))) if tables else []
+    tables: list[dict[float, float]] = [{p[0]: p[1] for p in curve} for curve in curves if curve]
+    shared = sorted(set.intersection(*(set(t) for t in tables))) if tables else []
     return [[step, statistics.fmean(t[step] for t in tables)] for step in shared]
-
-
-# -- one method against another
-
-
-def _compare(methods: Sequence[dict[str, Any]], notes: list[str]) -> None:
-    """Adds to each method what needs the baselines: the paired difference, the gap closed, the relative speed."""
-    ce = next((m for m in methods if m["role"] == "ce"), None)
-    full = next((m for m in methods if m["role"] == "full_kd"), None)
-    gap = ce and full and paired_difference(full, ce)
-    gap_is_open = gap and gap["mean"] < 0 and (gap["high"] is None or gap["high"] < 0)
-    if gap and not gap_is_open:
-        notes.append(
-            f"No share of a gap is given: {full['label']} did not beat {ce['label']} beyond the noise."
-        )
-    for m in methods:
-        m["against_ce"] = paired_difference(m, ce) if ce and m is not ce else None
-        m["gap_closed"] = _gap_closed(m, ce, full) if ce and full and gap_is_open else None
-        m["relative_speed"] = _relative_speed(m, ce) if ce else None
-
-
-def paired_difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Loss of `a` minus loss of `b` over the seeds both have (negative: `a` is better).
-
-    mean, standard_error, the 95 % interval low..high (None with one seed) and the values by seed.
-    """
-    values = {s: x - y for s, (x, y) in _shared(a, b, _loss).items()}
-    if not values:
-        return None
-    estimate = _over_seeds(values.values()) or {}
-    error = estimate["standard_error"]
-    half = None if error is None else error * _t975(len(values) - 1)
-    interval = {"low": half and estimate["mean"] - half, "high": half and estimate["mean"] + half}
-    if half == 0.0:
-        interval = {"low": estimate["mean"], "high": estimate["mean"]}
-    return {**estimate, **interval, "values": {str(s): v for s, v in values.items()}}
-
-
-def _gap_closed(
-    method: Mapping[str, Any], ce: Mapping[str, Any], full: Mapping[str, Any]
-) -> dict[str, Any] | None:
-    """Σ (CE - method) / Σ (CE - full KD) over shared seeds, with the linearised error of a ratio."""
-    if method is ce or method is full:  # 0 and 1 by definition, without an error
-        return {"mean": float(method is full), "standard_error": None}
-    shared, bounds = _shared(method, ce, _loss), _shared(full, ce, _loss)
-    pairs = [(c - x, c - bounds[s][0]) for s, (x, c) in shared.items() if s in bounds]
-    total = math.fsum(whole for _, whole in pairs)
-    if total <= 0:
-        return None
-    ratio, n = math.fsum(part for part, _ in pairs) / total, len(pairs)
-    residual = math.fsum((part - ratio * whole) ** 2 for part, whole in pairs)
-    return {"mean": ratio, "standard_error": math.sqrt(n / (n - 1) * residual) / total if n > 1 else None}
-
-
-def _relative_speed(method: Mapping[str, Any], ce: Mapping[str, Any]) -> dict[str, Any] | None:
-    shared = _shared(method, ce, lambda s: s["tokens_per_second"] or None)
-    return _over_seeds(x / y for x, y in shared.values())
-
-
-def _loss(student: Mapping[str, Any]) -> float | None:
-    return student["loss"]["mean"] if student["loss"] else None
-
-
-def _shared(
-    a: Mapping[str, Any], b: Mapping[str, Any], value: Callable[[Mapping[str, Any]], float | None]
-) -> dict[int, tuple[float, float]]:
-    """{seed: (a's value, b's value)} where both have one."""
-    left, right = ({s["seed"]: value(s) for s in m["students"]} for m in (a, b))
-    both = ((seed, left[seed], right.get(seed)) for seed in left)
-    return {seed: (x, y) for seed, x, y in both if x is not None and y is not None}
-
-
-def _over_seeds(values: Iterable[float | None]) -> dict[str, float | None] | None:
-    """{"mean", "standard_error" (None with one value), "n"} of the values that are there; None without any."""
-    found = [v for v in values if v is not None]
-    if not found:
-        return None
-    error = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else None
-    return {"mean": statistics.fmean(found), "standard_error": error, "n": len(found)}
-
-
-def _t975(freedom: int) -> float:
-    return _T975[freedom - 1] if freedom <= len(_T975) else 1.96 + 2.5 / freedom
-
-
-# -- the verdict
-
-
-def _comparisons(methods: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The leading method against cross-entropy and every Top-K, with `outcome` better, worse, unclear or unknown."""
-    lead = _lead(methods)
-    rivals = [m for m in methods if m["role"] in ("ce", "topk") and m is not lead] if lead else []
-    pairs = [(m, paired_difference(lead, m)) for m in rivals if lead]
-    return [
-        {"method": lead["name"], "rival": m["name"], "label": m["label"], "outcome": _outcome(d), **d}
-        for m, d in pairs
-        if lead and d
-    ]
-
-
-def _lead(methods: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    measured = [m for m in methods if m["loss"]]
-    wanted = ("rs", "other", "topk")
-    return next((m for kind in wanted for m in measured if m["role"] == kind), None)
-
-
-def _outcome(difference: Mapping[str, Any]) -> str:
-    if difference["low"] is None:
-        return "unknown"
-    if difference["high"] < 0:
-        return "better"
-    return "worse" if difference["low"] > 0 else "unclear"
-
-
-def verdict(methods: Sequence[Mapping[str, Any]], comparisons: Sequence[Mapping[str, Any]]) -> str:
-    """One honest sentence: what the leading method beats beyond the errors, and what it does not."""
-    lead = _lead(methods)
-    if lead is None or not comparisons:
-        return "There is nothing to compare yet: no sparse method and baseline were evaluated with a shared seed."
-    if all(c["outcome"] == "unknown" for c in comparisons):
-        return _one_seed_verdict(lead, comparisons)
-    phrases = {
-        "better": "beats {}",
-        "unclear": "does not differ from {} beyond the noise",
-        "worse": "is worse than {}",
-        "unknown": "shares only one seed with {}",
-    }
-    said = [
-        phrase.format(_and(c["label"] for c in comparisons if c["outcome"] == outcome))
-        for outcome, phrase in phrases.items()
-        if any(c["outcome"] == outcome for c in comparisons)
-    ]
-    return (
-        f"{lead['label']} {', but '.join(said[:2])}{''.join(f' and {s}' for s in said[2:])}{_closing(lead)}."
-    )
-
-
-def _one_seed_verdict(lead: Mapping[str, Any], comparisons: Sequence[Mapping[str, Any]]) -> str:
-    seen = _and(
-        f"{abs(c['mean']):.3f} nats {'below' if c['mean'] < 0 else 'above'} {c['label']}" for c in comparisons
-    )
-    return (
-        f"With a single seed, {lead['label']} ended {seen}; one seed has no error bar, so nothing is claimed."
-    )
-
-
-def _closing(lead: Mapping[str, Any]) -> str:
-    closed = lead.get("gap_closed")
-    if not closed:
-        return ""
-    error = f" ± {100 * closed['standard_error']:.0f}" if closed["standard_error"] is not None else ""
-    return f", closing {100 * closed['mean']:.0f}{error} % of the gap between cross-entropy and full distillation"
-
-
-def _and(words: Iterable[str]) -> str:
-    *most, last = words
-    return f"{', '.join(most)} and {last}" if most else last
 
 
 # -- caches, unique ids, files
@@ -394,9 +214,7 @@ def _unique_ids(root: Path, notes: list[str]) -> dict[str, Any] | None:
 def _name_strangers(root: Path, methods: Sequence[Mapping[str, Any]], notes: list[str]) -> None:
     known = {f"{m['name']}-s{s['seed']}" for m in methods for s in m["students"]}
     folders = sorted(p.name for p in root.glob("students/*") if p.is_dir() and _STUDENT.fullmatch(p.name))
-    notes.extend(
-        f"students/{name} is not part of run.json and was left out." for name in folders if name not in known
-    )
+    notes.extend(f"students/{name} is not part of run.json and was left out." for name in folders if name not in known)
 
 
 def _read(path: Path, root: Path, notes: list[str]) -> dict[str, Any] | None:
@@ -446,11 +264,8 @@ def terminal_table(summary: Summary) -> str:
         min(24, max(len(r[0]) for r in rows)),
         *(max(len(r[i]) for r in rows) for i in range(1, len(head))),
     ]
-    lines = [
-        "  ".join(_fit(c, w, left=i == 0) for i, (c, w) in enumerate(zip(r, widths, strict=True)))
-        for r in rows
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], "", *_wrap(summary["verdict"], 80)])
+    lines = ["  ".join(_fit(c, w, left=i == 0) for i, (c, w) in enumerate(zip(r, widths, strict=True))) for r in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], "", *textwrap.wrap(summary["verdict"], 80)])
 
 
 def _terminal_row(m: Mapping[str, Any]) -> tuple[str, ...]:
@@ -467,9 +282,3 @@ def _terminal_row(m: Mapping[str, Any]) -> tuple[str, ...]:
 def _fit(text: str, width: int, *, left: bool) -> str:
     short = text if len(text) <= width else text[: width - 1] + "…"
     return short.ljust(width) if left else short.rjust(width)
-
-
-def _wrap(text: str, width: int) -> list[str]:
-    import textwrap
-
-    return textwrap.wrap(text, width)

@@ -43,43 +43,39 @@ def render_html(summary: Summary) -> str:
 
 
 def _header(summary: Summary) -> str:
-    eyebrow = " · ".join(
-        filter(None, ("sparsekd", summary.get("profile") and f"profile {summary['profile']}"))
-    )
+    eyebrow = " · ".join(filter(None, ("sparsekd", summary.get("profile") and f"profile {summary['profile']}")))
     title = escape(str(summary.get("title") or "Sparse distillation"))
     return (
         f'<header><p class="eyebrow">{escape(eyebrow)}: {title}</p>\n'
-        f"<h1>{escape(summary['verdict'])}</h1>\n{_evidence(summary)}</header>"
+        f"<h1>{escape(_tie(summary['verdict']))}</h1>\n{_evidence(summary)}</header>"
     )
 
 
 def _evidence(summary: Summary) -> str:
     told = [
-        f"{signed(c['mean'])}{plus_minus(c['standard_error'], 3)} against {c['label']}"
-        for c in summary["comparisons"]
+        f"{signed(c['mean'])}{plus_minus(c['standard_error'], 3)} against {c['label']}" for c in summary["comparisons"]
     ]
     if not told:
         return ""
     seeds = len(summary["comparisons"][0]["values"])
     how = "mean ± standard error over seeds; a difference counts when its 95 % interval excludes 0"
-    words = (
-        f"Held-out loss, paired by seed ({plural(seeds, 'seed')}): {', '.join(told)} (nats per token, {how})."
-    )
-    return f'<p class="evidence">{escape(words)}</p>\n'
+    words = f"Held-out loss, paired by seed ({plural(seeds, 'seed')}): {', '.join(told)} (nats per token, {how})."
+    return f'<p class="evidence">{escape(_tie(words))}</p>\n'
+
+
+def _tie(words: str) -> str:
+    """No line break between a number and its error or percent sign."""
+    return words.replace(" %", "\u00a0%").replace(" ± ", "\u00a0±\u00a0")
 
 
 def _missing(summary: Summary) -> str:
     notes = list(summary["notes"])
     if not plots.available():
-        notes.append(
-            "Plots are left out because matplotlib is not installed: pip install 'sparsekd[report]'."
-        )
+        notes.append("Plots are left out because matplotlib is not installed: pip install 'sparsekd[report]'.")
     if not notes:
         return ""
     items = "".join(f"<li>{escape(note)}</li>" for note in notes)
-    return (
-        f'<aside class="notes" aria-label="What is missing"><h2>What is missing</h2><ul>{items}</ul></aside>'
-    )
+    return f'<aside class="notes" aria-label="Notes"><h2>Notes</h2><ul>{items}</ul></aside>'
 
 
 def _figures_strip(summary: Summary) -> str:
@@ -91,20 +87,17 @@ def _figures_strip(summary: Summary) -> str:
     dense = next((b["bytes_per_token"] for b in summary["storage"] if b["name"] == "dense"), None)
     size = lead["bytes_per_token"]
     smaller = (
-        f"bytes per token, {dense / size:,.0f} times fewer than all logits"
-        if dense and size
-        else "bytes per token"
+        f"bytes per token, {dense / size:,.0f} times fewer than all logits" if dense and size else "bytes per token"
     )
     shown = (
-        (percent(lead["gap_closed"], 0), "of the gap from cross-entropy to full distillation closed"),
+        (share(lead["gap_closed"]), "of the gap from cross-entropy to full distillation closed"),
         (plain(size, 0 if size and size >= 100 else 1), smaller),
         (times(lead["relative_speed"]), "training speed relative to cross-entropy"),
-        (percent(lead["ece"], 1), "expected calibration error"),
+        (share(lead["ece"]), "expected calibration error"),
     )
-    cells = "".join(
-        f"<div><dt>{words}</dt><dd>{value}</dd></div>" for value, words in shown if value != EMPTY
-    )
-    return f'<dl class="strip" aria-label="{escape(lead["label"])}">{cells}</dl>' if cells else ""
+    cells = "".join(f"<div><dt>{words}</dt><dd>{value}</dd></div>" for value, words in shown if value != EMPTY)
+    colour = plots.colours(summary["methods"])[lead["name"]]
+    return f'<dl class="strip" style="--lead:var(--{colour})">{cells}</dl>' if cells else ""
 
 
 # -- the results table
@@ -115,12 +108,12 @@ Column = tuple[str, str, Callable[[Mapping[str, Any]], str]]
 def _columns() -> Sequence[Column]:
     return (
         ("Held-out loss", "nats/token ↓", lambda m: estimate(m["loss"], 3)),
-        ("Gap closed", "% ↑", lambda m: percent(m["gap_closed"], 0, unit="")),
+        ("Gap closed", "% ↑", lambda m: percent(m["gap_closed"], 1)),
         ("Perplexity", "↓", lambda m: mean(m["perplexity"], 2)),
         ("Bits per byte", "↓", lambda m: mean(m["bits_per_byte"], 3)),
-        ("Calibration error", "% ↓", lambda m: percent(m["ece"], 1, unit="")),
-        ("Acceptance", "% ↑", lambda m: percent(m["acceptance"], 1, unit="")),
-        ("Agreement", "% ↑", lambda m: percent(m["agreement"], 1, unit="")),
+        ("Calibration error", "% ↓", lambda m: percent(m["ece"], 2)),
+        ("Acceptance", "% ↑", lambda m: percent(m["acceptance"], 1)),
+        ("Agreement", "% ↑", lambda m: percent(m["agreement"], 1)),
         ("Stored", "bytes/token ↓", lambda m: plain(m.get("bytes_per_token"), 1)),
         ("Speed", "× CE ↑", lambda m: mean(m["relative_speed"], 2)),
     )
@@ -138,10 +131,10 @@ def _results(summary: Summary) -> str:
         f'<div class="scroll" tabindex="0" role="region" aria-label="Results table"><table class="results">'
         f'<thead><tr><th scope="col">Method</th>{head}</tr></thead>'
         f"<tbody>{rows}{_teacher_row(summary)}</tbody></table></div>"
-        '<p class="fine">Held-out loss is the mean over seeds ± its standard error. Gap closed: 0 is cross-entropy, 100 is full '
-        "distillation from the running teacher. Acceptance: the share of the student’s drafted tokens that "
-        "speculative decoding with the teacher would keep. Agreement: how often both name the same top token. "
-        "Arrows point to better.</p>",
+        '<p class="fine">Held-out loss is the mean over seeds ± its standard error. Gap closed: 0 is '
+        "cross-entropy, 100 is full distillation from the running teacher. Acceptance: the share of the student’s "
+        "drafted tokens that speculative decoding with the teacher would keep. Agreement: how often both name "
+        "the same top token. Arrows point to better.</p>",
     )
 
 
@@ -161,7 +154,7 @@ def _teacher_row(summary: Summary) -> str:
     }
     known |= {
         "Bits per byte": plain(e["bits_per_byte"], 3),
-        "Calibration error": plain(_hundred(e["ece"]), 1),
+        "Calibration error": plain(_hundred(e["ece"]), 2),
     }
     cells = "".join(f"<td>{known.get(name, EMPTY)}</td>" for name, _, _ in _columns())
     return f'<tr class="teacher"><th scope="row">{_key("ink")}Teacher</th>{cells}</tr>'
@@ -177,21 +170,22 @@ def _differences(summary: Summary) -> str:
     paint = plots.colours(summary["methods"])
     rows = "".join(
         f'<tr><th scope="row">{_key(paint[m["name"]])}{escape(m["label"])}</th>'
-        f"<td>{signed(d['mean'])}{plus_minus(d['standard_error'], 3)}</td><td>{interval(d)}</td></tr>"
+        f"<td>{signed(d['mean'])}{_error(d['standard_error'], 3)}<small>{interval(d)}</small></td></tr>"
         for m in compared
         for d in [m["against_ce"]]
     )
     figure = _figure(
-        _draw(plots.differences, summary, width=460),
+        _draw(plots.differences, summary, width=400),
         "Thick: ± one standard error. Thin: 95 % interval (Student t). Small dots: single seeds.",
     )
     return _section(
         "differences",
         "Against cross-entropy, seed by seed",
-        f'<p class="lede">Students with the same seed start from the same weights and see the same rows in the same order, '
-        f'so their difference leaves that luck out.</p><div class="pair">{figure}<div class="side"><div class="scroll"><table><thead><tr>'
-        '<th scope="col">Method</th><th scope="col">Difference<small>nats/token</small></th>'
-        f'<th scope="col">95 % interval</th></tr></thead><tbody>{rows}</tbody></table></div></div></div>',
+        '<p class="lede">Students with the same seed start from the same weights and see the same rows in the '
+        f'same order, so their difference leaves that luck out.</p><div class="pair">{figure}'
+        '<div class="scroll"><table class="differences"><thead><tr><th scope="col">Method</th>'
+        f'<th scope="col">Difference<small>nats/token</small></th></tr></thead><tbody>{rows}</tbody></table>'
+        "</div></div>",
     )
 
 
@@ -209,9 +203,7 @@ def _calibration(summary: Summary) -> str:
     paint = plots.colours(summary["methods"])
     teacher = summary["teacher"].get("evaluation") or {}
     shown = [("teacher", "Teacher", teacher.get("reliability") or [], teacher.get("ece"))]
-    shown += [
-        (m["name"], m["label"], m["reliability"], (m["ece"] or {}).get("mean")) for m in summary["methods"]
-    ]
+    shown += [(m["name"], m["label"], m["reliability"], (m["ece"] or {}).get("mean")) for m in summary["methods"]]
     panels = ""
     for name, label, bins, ece in shown:
         svg = _draw(plots.reliability, bins, name, label, ece, paint[name])
@@ -223,15 +215,16 @@ def _calibration(summary: Summary) -> str:
     return _section(
         "calibration",
         "Do they know what they know?",
-        '<p class="lede">When a model gives its top token a probability of 70 %, it should be right 70 % of the time: on the '
-        "diagonal. Below it, the model is overconfident. The shaded gap, weighted by how many tokens fall there "
-        f'(grey columns), is the expected calibration error.</p><div class="panels">{panels}</div>',
+        '<p class="lede">When a model gives its top token a probability of 70 %, it should be right '
+        "70 % of the time: on the diagonal. Below it, the model is overconfident. The shaded gap, weighted "
+        f"by how many tokens fall there (grey columns), is the expected calibration error.</p>"
+        f'<div class="panels">{panels}</div>',
     )
 
 
 def _storage(summary: Summary) -> str:
-    bars = _draw(plots.storage, summary["storage"], plots.colours(summary["methods"]), width=440)
-    law = _draw(plots.unique_ids, summary["unique_ids"], width=440, height=300)
+    bars = _draw(plots.storage, summary["storage"], plots.colours(summary["methods"]), width=400)
+    law = _draw(plots.unique_ids, summary["unique_ids"], width=400, height=270)
     figures = "".join(
         f"<div><h3>{title}</h3>{_figure(svg, caption)}</div>"
         for svg, title, caption in (
@@ -248,11 +241,7 @@ def _storage(summary: Summary) -> str:
         )
         if svg
     )
-    return (
-        _section("storage", "What it costs to keep", f'<div class="pair even">{figures}</div>')
-        if figures
-        else ""
-    )
+    return _section("storage", "What it costs to keep", f'<div class="pair even">{figures}</div>') if figures else ""
 
 
 def _draw(figure: Callable[..., str | None], *arguments: Any, **sizes: Any) -> str:
@@ -286,20 +275,14 @@ def _made(summary: Summary) -> str:
 def _commands(summary: Summary) -> str:
     commands = summary.get("commands")
     pairs = commands.items() if isinstance(commands, dict) else enumerate(commands or [])
-    lines = "\n".join(
-        line for _, value in pairs for line in (value if isinstance(value, list) else [str(value)])
-    )
+    lines = "\n".join(line for _, value in pairs for line in (value if isinstance(value, list) else [str(value)]))
     return f'<h3>Commands</h3><pre tabindex="0"><code>{escape(str(lines))}</code></pre>' if lines else ""
 
 
 def _seconds(summary: Summary) -> str:
     seconds = summary.get("seconds")
-    known = (
-        {k: v for k, v in seconds.items() if isinstance(v, (int, float))} if isinstance(seconds, dict) else {}
-    )
-    rows = "".join(
-        f'<tr><th scope="row">{escape(str(k))}</th><td>{v:,.0f}</td></tr>' for k, v in known.items()
-    )
+    known = {k: v for k, v in seconds.items() if isinstance(v, (int, float))} if isinstance(seconds, dict) else {}
+    rows = "".join(f'<tr><th scope="row">{escape(str(k))}</th><td>{v:,.0f}</td></tr>' for k, v in known.items())
     head = '<thead><tr><th scope="col">Stage</th><th scope="col">Seconds</th></tr></thead>'
     return f'<h3>Time</h3><table class="slim">{head}<tbody>{rows}</tbody></table>' if rows else ""
 
@@ -337,7 +320,7 @@ EMPTY = '<span class="none" aria-label="not available">–</span>'
 
 def plain(value: float | None, digits: int) -> str:
     """A number with thousands separators, or the dash of a missing one."""
-    return EMPTY if value is None else f"{value:,.{digits}f}"
+    return EMPTY if value is None else f"{value:,.{digits}f}".replace("-", "−")
 
 
 def mean(value: Mapping[str, Any] | None, digits: int) -> str:
@@ -350,11 +333,16 @@ def estimate(value: Mapping[str, Any] | None, digits: int) -> str:
     return mean(value, digits) + _error(value["standard_error"] if value else None, digits)
 
 
-def percent(value: Mapping[str, Any] | None, digits: int, unit: str = " %") -> str:
-    """A share in percent, with its error where it has one."""
+def share(value: Mapping[str, Any] | None) -> str:
+    """0.975 -> '97.5 %'."""
+    return plain(100 * value["mean"], 1) + "\u00a0%" if value else EMPTY
+
+
+def percent(value: Mapping[str, Any] | None, digits: int) -> str:
+    """A share times 100, with its error where it has one."""
     if not value:
         return EMPTY
-    return plain(100 * value["mean"], digits) + _error(_hundred(value["standard_error"]), digits) + unit
+    return plain(100 * value["mean"], digits) + _error(_hundred(value["standard_error"]), digits)
 
 
 def times(value: Mapping[str, Any] | None) -> str:
@@ -369,14 +357,14 @@ def signed(value: float) -> str:
 
 def plus_minus(error: float | None, digits: int) -> str:
     """' ± error', or nothing where it is unknown."""
-    return "" if error is None else f" ± {error:.{digits}f}"
+    return "" if error is None else f"\u00a0± {error:.{digits}f}"
 
 
 def interval(difference: Mapping[str, Any]) -> str:
     """low … high, or the reason there is none."""
     if difference["low"] is None:
         return "one seed"
-    return f"{signed(difference['low'])} … {signed(difference['high'])}"
+    return f"95 %: {signed(difference['low'])} … {signed(difference['high'])}"
 
 
 def plural(count: int, word: str) -> str:
@@ -385,7 +373,7 @@ def plural(count: int, word: str) -> str:
 
 
 def _error(value: float | None, digits: int) -> str:
-    return "" if value is None else f' <span class="error">± {value:.{digits}f}</span>'
+    return "" if value is None else f' <span class="error">±\u00a0{value:.{digits}f}</span>'
 
 
 def _hundred(value: float | None) -> float | None:
@@ -394,94 +382,10 @@ def _hundred(value: float | None) -> float | None:
 
 # -- style
 
-_DARK = {
-    "ink": "#e9ebee",
-    "muted": "#a3abb6",
-    "line": "#333940",
-    "paper": "#14171a",
-    "ce": "#aab2bd",
-    "topk": "#f5924e",
-    "rs": "#5cb5f2",
-    "full-kd": "#43c79d",
-    "extra-1": "#de93d8",
-    "extra-2": "#d9bb45",
-    "extra-3": "#9aa9f5",
-}
-
 
 def _css() -> str:
-    light, dark = ("".join(f"--{k}:{v};" for k, v in theme.items()) for theme in (plots.PALETTE, _DARK))
-    return f":root{{{light}}}\n@media (prefers-color-scheme:dark){{:root{{{dark}}}}}\n{_STYLE}"
+    from importlib.resources import files
 
-
-_STYLE = """
-*{box-sizing:border-box}
-html{-webkit-text-size-adjust:100%}
-body{margin:0;background:var(--paper);color:var(--ink);
- font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
-main{max-width:968px;margin:0 auto;padding:72px 24px 96px}
-header{max-width:820px}
-.eyebrow{margin:0 0 14px;color:var(--muted);font-size:15px}
-h1{margin:0;font-size:clamp(24px,3.6vw,35px);line-height:1.24;font-weight:650;letter-spacing:-.017em;text-wrap:balance}
-.evidence{margin:20px 0 0;color:var(--muted);max-width:720px}
-section{margin-top:76px}
-h2{margin:0 0 18px;font-size:22px;line-height:1.3;font-weight:650;letter-spacing:-.01em}
-h3{margin:0 0 10px;font-size:16px;font-weight:650}
-.lede{margin:0 0 26px;max-width:680px;color:var(--muted)}
-.fine{margin:16px 0 0;max-width:760px;color:var(--muted);font-size:14px}
-.strip{display:grid;grid-template-columns:repeat(auto-fit,minmax(190px,1fr));gap:28px 32px;margin:48px 0 0;
- padding:26px 0 0;border-top:1px solid var(--line)}
-.strip div{display:flex;flex-direction:column-reverse;justify-content:flex-end}
-.strip dd{margin:0;font-size:31px;line-height:1.2;font-weight:650;letter-spacing:-.02em;color:var(--rs);
- font-variant-numeric:tabular-nums}
-.strip dd .error{font-size:16px;font-weight:400;letter-spacing:0}
-.strip dt{margin:6px 0 0;color:var(--muted);font-size:14px;line-height:1.4;max-width:210px}
-.scroll{overflow-x:auto}
-table{border-collapse:collapse;width:100%;font-size:15px;font-variant-numeric:tabular-nums}
-th,td{padding:11px 0 11px 14px;text-align:right;font-weight:400;border-bottom:1px solid var(--line);white-space:nowrap}
-th[scope=row],thead th:first-child{text-align:left;padding-left:0;padding-right:8px}
-thead th{color:var(--muted);font-size:13px;line-height:1.3;vertical-align:bottom;white-space:normal}
-thead small{display:block;font-size:12px;white-space:nowrap}
-th[scope=row]{background:var(--paper)}
-.results th:first-child{position:sticky;left:0}
-.lead th,.lead td{font-weight:650}
-.lead .error{font-weight:400}
-.teacher th,.teacher td{color:var(--muted)}
-.error,.none{color:var(--muted)}
-.key{display:inline-block;width:10px;height:10px;border-radius:3px;margin-right:9px}
-figure{margin:0}
-figcaption{margin-top:10px;color:var(--muted);font-size:14px;line-height:1.45}
-svg{display:block;width:100%;height:auto;overflow:visible}
-svg *{stroke-linejoin:round;stroke-linecap:butt}
-.narrow{display:none}
-.pair{display:grid;grid-template-columns:minmax(0,460px) minmax(0,1fr);gap:40px 48px;align-items:start}
-.pair.even{grid-template-columns:repeat(2,minmax(0,440px));justify-content:space-between}
-.panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(168px,1fr));gap:30px 12px}
-.panels figure{max-width:220px}
-.panels figcaption{margin:4px 0 0 31px;color:var(--ink)}
-.notes{margin-top:40px;padding:18px 22px;border-left:3px solid var(--topk);background:color-mix(in srgb,var(--topk) 8%,transparent)}
-.notes h2{font-size:16px;margin:0 0 6px}
-.notes ul{margin:0;padding-left:18px;color:var(--ink);font-size:15px}
-.facts{display:grid;gap:12px;margin:0 0 34px}
-.facts div{display:grid;grid-template-columns:110px 1fr;gap:16px}
-.facts dt{color:var(--muted)}
-.facts dd{margin:0;overflow-wrap:anywhere}
-.facts dd>span{display:inline-block;margin-right:16px;color:var(--muted)}
-.facts b{font-weight:500;color:var(--ink)}
-pre{margin:0 0 34px;padding:16px 18px;overflow-x:auto;border:1px solid var(--line);border-radius:6px;
- font:13.5px/1.65 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
-.slim{width:auto;min-width:260px}
-.slim th,.slim td{padding-top:7px;padding-bottom:7px}
-@media (max-width:760px){
- main{padding:40px 20px 64px}
- section{margin-top:56px}
- .pair,.pair.even{grid-template-columns:minmax(0,1fr)}
- .wide{display:none}.narrow{display:block}
- .strip{grid-template-columns:1fr 1fr;gap:24px 20px}
- .strip dd{font-size:26px}
- .panels{grid-template-columns:1fr 1fr;gap:24px 10px}
- .facts div{grid-template-columns:1fr;gap:2px}
- .results th:first-child{max-width:136px;white-space:normal;line-height:1.3}
-}
-@media print{main{padding:0}section{break-inside:avoid}}
-"""
+    light, dark = ("".join(f"--{k}:{v};" for k, v in theme.items()) for theme in (plots.PALETTE, plots.DARK))
+    themes = f":root{{{light}}}\n@media (prefers-color-scheme:dark){{:root{{{dark}}}}}\n"
+    return themes + files("sparsekd").joinpath("report.css").read_text(encoding="utf-8")

@@ -89,10 +89,7 @@ def test_token_losses_equal_the_slow_twin(dtype: torch.dtype) -> None:
     """-log softmax at the label, on the very logits given: low precision inputs cost no extra error."""
     logits = random_logits(40, 33).to(dtype)
     labels = torch.arange(40) % 33
-    want = [
-        -math.log(slow_softmax(row)[i])
-        for row, i in zip(logits.double().tolist(), labels.tolist(), strict=True)
-    ]
+    want = [-math.log(slow_softmax(row)[i]) for row, i in zip(logits.double().tolist(), labels.tolist(), strict=True)]
     got = metrics.token_losses(logits, labels)
     assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert got.tolist() == pytest.approx(want, rel=1e-12 if dtype == torch.float64 else 2e-6, abs=2e-6)
@@ -144,11 +141,7 @@ def slow_ece(confidence: list[float], correct: list[int], bins: int) -> float:
         members = [i for i, c in enumerate(confidence) if low < c <= high or (m == 0 and c == 0)]
         if members:
             accuracy = statistics.fmean(correct[i] for i in members)
-            total += (
-                len(members)
-                / len(confidence)
-                * abs(accuracy - statistics.fmean(confidence[i] for i in members))
-            )
+            total += len(members) / len(confidence) * abs(accuracy - statistics.fmean(confidence[i] for i in members))
     return total
 
 
@@ -241,9 +234,7 @@ def test_top1_is_the_largest_probability(dtype: torch.dtype) -> None:
     probabilities = [slow_softmax(row) for row in logits.double().tolist()]
     confidence, correct = metrics.top1(logits, labels)
     assert confidence.tolist() == pytest.approx([max(p) for p in probabilities], rel=2e-6)
-    assert correct.tolist() == [
-        p.index(max(p)) == i for p, i in zip(probabilities, labels.tolist(), strict=True)
-    ]
+    assert correct.tolist() == [p.index(max(p)) == i for p, i in zip(probabilities, labels.tolist(), strict=True)]
     assert float(metrics.top1(torch.tensor([[200.0, 0.0]]), torch.tensor([0]))[0]) == 1.0
 
 
@@ -264,9 +255,7 @@ def test_acceptance_is_one_minus_total_variation(dtype: torch.dtype) -> None:
 def test_acceptance_is_one_only_for_equal_distributions() -> None:
     """A shift of all logits changes nothing and is accepted always; a change of one logit is not."""
     logits = random_logits(8, 12, scale=1.0)
-    assert metrics.speculative_acceptance(logits, logits + 5.0).tolist() == pytest.approx(
-        [1.0] * 8, abs=1e-12
-    )
+    assert metrics.speculative_acceptance(logits, logits + 5.0).tolist() == pytest.approx([1.0] * 8, abs=1e-12)
     other = logits.clone()
     other[:, 0] += 0.01
     assert (metrics.speculative_acceptance(logits, other) < 1 - 1e-6).all()
