@@ -1,0 +1,456 @@
+"""Codecs: golden bytes (the same as in docs/format.md), round trips, limits, damaged bytes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsekd.codec import (
+    CODECS,
+    FlatTargets,
+    check_codec,
+    decode,
+    decode_row,
+    default_codec,
+    encode,
+    encode_row,
+    id_bytes,
+)
+from sparsekd.errors import FormatError, MismatchError, RecipeError, SparseKDError
+
+COUNTS = [name for name, codec in CODECS.items() if codec.max_rounds]
+WEIGHTS = [name for name, codec in CODECS.items() if not codec.max_rounds]
+
+
+def flat_counts(positions, rounds):
+    """FlatTargets from [{id: count}, ...]."""
+    return FlatTargets(
+        ids=np.array([i for each in positions for i in each], np.uint32),
+        values=np.array([c for each in positions for c in each.values()], np.uint32),
+        sizes=np.array([len(each) for each in positions], np.int64),
+        rounds=rounds,
+    )
+
+
+def flat_weights(positions):
+    """FlatTargets from [[(id, weight), ...], ...]."""
+    return FlatTargets(
+        ids=np.array([i for each in positions for i, _ in each], np.uint32),
+        values=np.array([w for each in positions for _, w in each], np.float32),
+        sizes=np.array([len(each) for each in positions], np.int64),
+    )
+
+
+def assert_same(one, other):
+    np.testing.assert_array_equal(one.ids, other.ids)
+    np.testing.assert_array_equal(one.values, other.values)
+    np.testing.assert_array_equal(one.sizes, other.sizes)
+    assert one.rounds == other.rounds
+
+
+def spec_of(name, width, rounds=None):
+    return {"name": name, "logit_width": width} | ({"rounds": rounds} if rounds else {})
+
+
+# --- golden bytes ---------------------------------------------------------------------------------------
+
+GOLDEN_COUNTS = {
+    # id 3 four times and id 999 once; id 7 five times
+    "raw24": "03000c e70300 070010",
+    "paper24": "030006 e70300 070008",
+    "raw40": "0300300000 e703000000 0700400000",
+}
+GOLDEN_WEIGHTS = {
+    # id 999 with 1/2 and id 3 with 1/4; nothing; id 7 with 1
+    "prob24": "0200 0000 0100 e70340 030040 070000",
+    "prob40": "0200 0000 0100 e703000044 0300000048 0700000040",
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_counts_have_the_bytes_that_the_format_page_shows(name):
+    """Two positions, written by hand from the specification, in both directions."""
+    flat, spec = flat_counts([{3: 4, 999: 1}, {7: 5}], 5), spec_of(name, 1000, 5)
+    assert encode(flat, spec) == bytes.fromhex(GOLDEN_COUNTS[name])
+    assert_same(decode(bytes.fromhex(GOLDEN_COUNTS[name]), 2, spec), flat)
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weights_have_the_bytes_that_the_format_page_shows(name):
+    """Powers of two are exact in both weight codecs, so the bytes decode to the very same weights."""
+    flat, spec = flat_weights([[(999, 0.5), (3, 0.25)], [], [(7, 1.0)]]), spec_of(name, 1000)
+    assert encode(flat, spec) == bytes.fromhex(GOLDEN_WEIGHTS[name])
+    assert_same(decode(bytes.fromhex(GOLDEN_WEIGHTS[name]), 3, spec), flat)
+
+
+def test_a_row_begins_with_its_input_ids():
+    """Ids of two bytes below 65536 logits; tokens 1 and 2 are supervised, so two targets follow."""
+    flat, spec = flat_counts([{3: 4, 999: 1}, {7: 5}], 5), spec_of("raw24", 1000, 5)
+    ids, supervised = np.array([5, 999, 7], np.uint32), np.array([False, True, True])
+    block = encode_row(ids, flat, supervised, spec)
+    assert block == bytes.fromhex("0500 e703 0700 03000c e70300 070010")
+    found, targets = decode_row(block, 3, supervised, spec)
+    np.testing.assert_array_equal(found, ids)
+    assert_same(targets, flat)
+
+
+def test_every_codec_has_golden_bytes():
+    """A codec without a written-down example could change its bytes unnoticed."""
+    assert set(GOLDEN_COUNTS) | set(GOLDEN_WEIGHTS) == set(CODECS)
+
+
+# --- round trips ----------------------------------------------------------------------------------------
+
+
+def random_counts(rng, positions, width, rounds):
+    """Sets of 1 .. min(rounds, width) ids, the last id of the vocabulary often among them."""
+    drawn = []
+    for _ in range(positions):
+        size = int(rng.integers(1, min(rounds, width, 200) + 1))
+        ids = set(rng.integers(width, size=size).tolist()) | ({width - 1} if rng.random() < 0.5 else set())
+        ids = sorted(ids)[-min(rounds, width) :]
+        counts = 1 + rng.multinomial(rounds - len(ids), np.full(len(ids), 1 / len(ids)))
+        drawn.append(dict(zip(ids, counts.tolist(), strict=True)))
+    return flat_counts(drawn, rounds)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    name=st.sampled_from(COUNTS),
+    seed=st.integers(0, 2**32),
+    positions=st.integers(0, 6),
+    rounds=st.sampled_from([1, 2, 3, 49, 50, 63, 64, 65, 127, 128, 129, 1000, 4096, 2**20]),
+    width=st.sampled_from([1, 2, 50, 2**16, 2**17 - 1, 2**17, 2**18, 151_936, 2**20]),
+)
+def test_counts_survive_exactly_or_are_refused(name, seed, positions, rounds, width):
+    """decode(encode(x)) is x within a codec's limits; outside them the spec is refused, never the data bent."""
+    spec, codec = spec_of(name, width, rounds), CODECS[name]
+    if rounds > codec.max_rounds or width > 2**codec.id_bits:
+        with pytest.raises(RecipeError, match=f"codec {name} holds"):
+            check_codec(spec)
+        return
+    flat = random_counts(np.random.default_rng(seed), positions, width, rounds)
+    assert_same(decode(encode(flat, spec), positions, spec), flat)
+
+
+@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("kept", ["one", "all different", "last id"])
+def test_extreme_sets_survive(name, kept):
+    """One id drawn every time, every draw different, and the last id of the largest vocabulary."""
+    codec, rounds = CODECS[name], CODECS[name].max_rounds if kept == "one" else 50
+    width = 2**codec.id_bits
+    chosen = {
+        "one": {0: rounds},
+        "all different": dict.fromkeys(range(rounds), 1),
+        "last id": {0: rounds - 1, width - 1: 1},
+    }[kept]
+    flat, spec = flat_counts([chosen] * 3, rounds), spec_of(name, width, rounds)
+    assert_same(decode(encode(flat, spec), 3, spec), flat)
+
+
+@pytest.mark.parametrize("rounds", [1, 64, 128, 512, 4096])
+def test_every_draw_different_survives_for_any_number_of_rounds(rounds):
+    """N ids with a count of one each, N from 1 to 4096, in the default codec."""
+    spec = default_codec(rounds, 2**20)
+    flat = flat_counts([dict.fromkeys(range(2**20 - rounds, 2**20), 1), {0: rounds}], rounds)
+    assert_same(decode(encode(flat, spec), 2, spec), flat)
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_the_order_of_ids_does_not_change_the_bytes(name):
+    """Entries are stored in ascending id order, so equal sets have equal bytes."""
+    spec = spec_of(name, 100, 6)
+    ascending = encode(flat_counts([{1: 1, 9: 2, 50: 3}, {0: 6}], 6), spec)
+    assert encode(flat_counts([{50: 3, 1: 1, 9: 2}, {0: 6}], 6), spec) == ascending
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(
+        st.lists(
+            st.tuples(
+                st.integers(0, 2**24 - 1),
+                st.floats(2**-47, 2**16, width=32).map(np.float32),
+            ),
+            max_size=9,
+        ),
+        max_size=5,
+    )
+)
+def test_prob40_keeps_ids_and_order_and_weights_to_a_third_of_a_per_mille(positions):
+    """The stated bound: a relative error of at most 2^(1/2048) - 1 = 0.034 % from 2^-47 to 2^16."""
+    flat, spec = flat_weights(positions), spec_of("prob40", 2**24)
+    found = decode(encode(flat, spec), len(positions), spec)
+    np.testing.assert_array_equal(found.ids, flat.ids)
+    np.testing.assert_array_equal(found.sizes, flat.sizes)
+    np.testing.assert_allclose(found.weights, flat.weights, rtol=0.00034)
+
+
+def test_prob24_errs_by_no_more_than_it_states():
+    """With o octaves between neighbours the error is at most 2.2 % sqrt(o), and never adds up along the set."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(400, 2000)) * rng.uniform(0.5, 4, size=(400, 1))
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p = np.sort(p / p.sum(-1, keepdims=True), axis=-1)[:, ::-1][:, :50].astype(np.float32)
+    flat = FlatTargets.from_padded(np.broadcast_to(np.arange(50), p.shape), p)
+    spec = spec_of("prob24", 2**17)
+    found = decode(encode(flat, spec), 400, spec).padded()[1]
+    error = np.abs(np.log2(found) - np.log2(p))
+    octaves = -np.diff(np.log2(p), axis=-1, prepend=0)
+    # A gap that is below what the previous rounding took keeps the previous error: at most that maximum.
+    bound = np.maximum.accumulate((np.sqrt(octaves) + 0.05) / 32, axis=-1)
+    assert octaves.max() < 15.7
+    assert (error <= bound).all()
+    assert np.abs(found / p - 1).mean() < 0.01
+    assert error[:, -1].mean() < 2 * error[:, 5].mean()
+
+
+def test_prob24_beats_equal_intervals_by_far():
+    """The paper's first code, 128 equal intervals of [0, 1], loses 30 times as much of the divergence."""
+    rng = np.random.default_rng(1)
+    p = np.sort(rng.dirichlet(np.full(3000, 0.02), size=200), axis=-1)[:, ::-1][:, :12].astype(np.float32)
+    flat = FlatTargets.from_padded(np.broadcast_to(np.arange(12), p.shape), p)
+    spec = spec_of("prob24", 2**17)
+    ratio = decode(encode(flat, spec), 200, spec).padded()[1]
+    equal = (np.floor(p * 128).clip(0, 127) + 0.5) / 128
+
+    def divergence(q):
+        return (p * np.log(p / q) - p + q).sum(-1).mean()
+
+    assert divergence(ratio) * 30 < divergence(equal)
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_positive_weights_never_vanish_and_zeros_do(name):
+    """The smallest float32 comes back positive; a weight of 0 is left out."""
+    flat = flat_weights([[(1, 0.5), (2, 0.0), (3, 1e-45)], [(4, 0.0)]])
+    found = decode(encode(flat, spec_of(name, 10)), 2, spec_of(name, 10))
+    assert found.ids.tolist() == [1, 3]
+    assert found.sizes.tolist() == [2, 0]
+    assert (found.weights > 0).all()
+
+
+def test_prob24_sorts_by_weight():
+    """Ratios need descending weights; equal weights keep their order."""
+    flat = flat_weights([[(1, 0.125), (2, 0.5), (3, 0.125)]])
+    found = decode(encode(flat, spec_of("prob24", 10)), 1, spec_of("prob24", 10))
+    assert found.ids.tolist() == [2, 1, 3]
+    np.testing.assert_allclose(found.weights, [0.5, 0.125, 0.125], rtol=0.031)
+
+
+@pytest.mark.parametrize(("width", "size"), [(65536, 2), (65537, 3), (2**24, 3), (2**24 + 1, 4)])
+def test_input_ids_take_the_fewest_whole_bytes(width, size):
+    """2, 3 or 4 bytes, by the number of logits alone."""
+    assert id_bytes(width) == size
+
+
+# --- FlatTargets ----------------------------------------------------------------------------------------
+
+
+def test_padding_and_flattening_are_inverse():
+    """from_padded drops the zeros that padded adds; no position loses its place, empty ones included."""
+    flat = flat_counts([{3: 2, 5: 3}, {}, {1: 5}], 5)
+    ids, weights = flat.padded()
+    assert ids.tolist() == [[3, 5], [0, 0], [1, 0]]
+    assert weights.dtype == np.float32
+    np.testing.assert_allclose(weights, [[0.4, 0.6], [0, 0], [1, 0]])
+    back = FlatTargets.from_padded(ids, np.rint(weights * 5).astype(int), 5)
+    assert_same(back, flat)
+    assert back.values.dtype == np.uint32
+
+
+def test_no_positions_pad_to_width_one():
+    """K is at least 1, so shapes stay usable when nothing is supervised."""
+    ids, weights = flat_counts([], 5).padded()
+    assert ids.shape == weights.shape == (0, 1)
+
+
+def test_arrays_that_disagree_are_refused():
+    """Sizes must sum to the number of entries."""
+    with pytest.raises(ValueError, match="2 ids and 2 values, but the sizes sum to 3"):
+        FlatTargets(ids=np.zeros(2), values=np.zeros(2), sizes=np.array([3]))
+    with pytest.raises(ValueError, match=r"ids span -1\.\.4"):
+        FlatTargets.from_padded(np.array([[-1, 4]]), np.array([[1, 1]]), 2)
+
+
+def test_a_position_that_would_blow_up_the_padding_is_refused():
+    """65535 entries in one of 4096 positions would pad to 3 GB."""
+    sizes = np.zeros(4096, np.int64)
+    sizes[0] = 65535
+    flat = FlatTargets(ids=np.zeros(65535, np.uint32), values=np.ones(65535, np.float32), sizes=sizes)
+    with pytest.raises(FormatError, match="padding 4096 positions to 65535 entries"):
+        flat.padded()
+
+
+# --- refusals -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rounds", "width", "name"),
+    [
+        (50, 32_000, "raw24"),
+        (64, 2**18, "raw24"),
+        (65, 32_000, "raw40"),
+        (50, 2**18 + 1, "raw40"),
+        (4096, 2**20, "raw40"),
+        (None, 2**20, "prob40"),
+    ],
+)
+def test_the_default_codec_is_the_smallest_that_fits(rounds, width, name):
+    """raw24 where it fits, raw40 for other counts, prob40 for weights."""
+    assert default_codec(rounds, width)["name"] == name
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        (spec_of("paper24", 131_073, 50), "paper24 holds ids below 131072, but logit_width=131073; raw24 holds"),
+        (spec_of("raw24", 1000, 65), "raw24 holds 1 to 64 rounds, but rounds=65; raw24 .* raw40"),
+        (spec_of("raw40", 2**20 + 1, 5), "raw40 holds ids below 1048576, but logit_width=1048577"),
+        (spec_of("prob24", 200_000), "prob24 holds ids below 131072, but logit_width=200000; prob40"),
+        (spec_of("zip", 10), "codec 'zip' is unknown; this sparsekd has raw24"),
+        (spec_of("raw24", 10), r"raw24 takes the keys \['logit_width', 'name', 'rounds'\]"),
+        (spec_of("prob40", 10, 5), "prob40 takes the keys"),
+        (spec_of("raw24", True, 5), "logit_width=True"),
+        (spec_of("raw24", 10, 5.0), r"rounds=5\.0"),
+    ],
+)
+def test_a_codec_that_does_not_fit_is_refused_with_the_way_out(spec, words):
+    """The message has the limit, the value, and the codecs that would do."""
+    with pytest.raises(RecipeError, match=words):
+        check_codec(spec)
+
+
+@pytest.mark.parametrize(
+    ("flat", "words"),
+    [
+        (flat_counts([{1: 5}, {1: 4}], 5), "counts of supervised position 1 sum to 4, but rounds=5"),
+        (flat_counts([{1: 5}, {}], 5), "counts of supervised position 1 sum to 0"),
+        (flat_counts([{1: 0, 2: 5}], 5), "a count is 0"),
+        (flat_counts([{100: 5}], 5), "position 0 has id 100, but logit_width=100"),
+        (flat_counts([{1: 4}], 4), "targets have rounds=4, codec raw24 was set up for rounds=5"),
+        (flat_weights([[(1, 1.0)]]), "targets have rounds=None"),
+    ],
+)
+def test_targets_that_do_not_fit_are_not_written(flat, words):
+    """The encoder names the position and both values."""
+    with pytest.raises(MismatchError, match=words):
+        encode(flat, spec_of("raw24", 100, 5))
+
+
+def test_an_id_twice_is_refused():
+    """Counts of one id must be added up by whoever drew them."""
+    flat = FlatTargets(
+        ids=np.array([3, 9, 3], np.uint32),
+        values=np.array([1, 3, 1], np.uint32),
+        sizes=np.array([3]),
+        rounds=5,
+    )
+    with pytest.raises(MismatchError, match="position 0 has id 3 twice"):
+        encode(flat, spec_of("raw24", 100, 5))
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("weight", [-0.5, np.nan, np.inf])
+def test_weights_that_are_no_weights_are_refused(name, weight):
+    """Negative and non-finite weights are named with their position."""
+    with pytest.raises(MismatchError, match="supervised position 1 has weight"):
+        encode(flat_weights([[(0, 0.5)], [(1, weight)]]), spec_of(name, 10))
+
+
+def test_prob24_refuses_weights_above_one():
+    """Its first ratio is to 1; importance weights above 1 belong in prob40."""
+    with pytest.raises(MismatchError, match=r"prob24 holds probabilities, got a weight of 1\.5; use prob40"):
+        encode(flat_weights([[(1, 1.5)]]), spec_of("prob24", 10))
+
+
+def test_more_entries_than_sixteen_bits_count_are_refused():
+    """The size of a position is stored in two bytes."""
+    with pytest.raises(MismatchError, match="65536 entries, the format holds 65535"):
+        encode(flat_weights([[(i, 0.5) for i in range(65536)]]), spec_of("prob40", 2**20))
+
+
+def test_a_row_must_fit_its_mask_and_vocabulary():
+    """One target per supervised position, input ids below the number of logits."""
+    flat, spec = flat_counts([{1: 5}], 5), spec_of("raw24", 10, 5)
+    with pytest.raises(MismatchError, match="targets for 1 positions, but 2 are supervised"):
+        encode_row(np.zeros(3, np.uint32), flat, np.ones(3, bool), spec)
+    with pytest.raises(MismatchError, match=r"input ids span 0\.\.10, but logit_width=10"):
+        encode_row(np.array([0, 10]), flat, np.ones(2, bool), spec)
+
+
+# --- damaged bytes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ("03000c e70300", "need 10, the counts sum to 5"),
+        ("03000c e70300 070010 010010", "need 10, the counts sum to 15"),
+        ("03000c e70300 07000c", "from supervised position 1 on"),
+        ("030014 070010 070008", "from supervised position 0 on"),
+        ("e7030c 030000 070010", "position 0 has id 3 after 999, ids must ascend"),
+        ("07000c 070000 070010", "position 0 has id 7 after 7"),
+        ("070010 e9030c ea0300", "position 1 has id 1001, but logit_width=1000"),
+        ("03000c e70300 0700", "8 bytes are no whole number of 3-byte words"),
+        ("", "need 10, the counts sum to 0"),
+    ],
+)
+def test_damaged_counts_are_named(data, words):
+    """Sums, order and range are checked for every position, and the first bad one is named."""
+    with pytest.raises(FormatError, match=words):
+        decode(bytes.fromhex(data), 2, spec_of("raw24", 1000, 5))
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ("0200 0000", "4 bytes cannot hold 3 sizes"),
+        ("0200 0000 0100 e703000044", "the sizes sum to 3, 1 entries follow"),
+        ("0000 0000 ffff", "the sizes sum to 65535, 0 entries follow"),
+        ("0100 0000 0000 e803000044", "position 0 has id 1000, but logit_width=1000"),
+        ("0100 0000 0000 e7030000", "4 bytes are no whole number of 5-byte words"),
+    ],
+)
+def test_damaged_weights_are_named(data, words):
+    """Sizes must fill the bytes exactly; nothing is allocated from a size that is not covered."""
+    with pytest.raises(FormatError, match=words):
+        decode(bytes.fromhex(data), 3, spec_of("prob40", 1000))
+
+
+def test_prob24_refuses_weights_below_every_float():
+    """Ten full steps of 15.75 octaves would be 2^-157."""
+    data = bytes.fromhex("0a00" + "0000fe" * 10)
+    with pytest.raises(FormatError, match=r"position 0 has a weight below 2\^-150"):
+        decode(data, 1, spec_of("prob24", 1000))
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    name=st.sampled_from(list(CODECS)),
+    data=st.binary(max_size=60),
+    positions=st.integers(0, 5),
+    rounds=st.integers(1, 64),
+)
+def test_any_bytes_decode_or_are_refused(name, data, positions, rounds):
+    """No bytes crash a decoder, and bytes it accepts are exactly what the encoder writes for counts."""
+    spec = spec_of(name, 5000, rounds if name in COUNTS else None)
+    try:
+        flat = decode(data, positions, spec)
+    except SparseKDError:
+        return
+    assert len(flat.sizes) == positions
+    assert (flat.weights > 0).all()
+    if name in COUNTS:
+        assert encode(flat, spec) == data
+
+
+def test_a_damaged_row_is_named():
+    """A short block and an input id beyond the vocabulary."""
+    spec, supervised = spec_of("raw24", 1000, 5), np.zeros(2, bool)
+    with pytest.raises(FormatError, match="block has 3 bytes, its 2 input ids need 4"):
+        decode_row(b"123", 2, supervised, spec)
+    with pytest.raises(FormatError, match="input id 1000, but logit_width=1000"):
+        decode_row(bytes.fromhex("0000 e803"), 2, supervised, spec)
