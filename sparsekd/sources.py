@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
@@ -105,17 +106,18 @@ def builtin_files() -> list[Path]:
         SourceError: this Python carries no sources (a frozen or zipped standard library).
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    relative = (path.relative_to(root) for path in root.rglob("*.py"))
-    files = [root / path for path in sorted(relative, key=Path.as_posix) if _is_prose(path)]
+    files = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if _is_prose(name)]  # site-packages may hold 10^5 files
+        files += [Path(folder, name) for name in names if name.endswith(".py") and _is_prose(name)]
+    files.sort(key=Path.as_posix)
     if not files:
         raise SourceError(f"this Python has no sources in {root}; give source=FILES instead of source=builtin")
     return files
 
 
-def _is_prose(relative: Path) -> bool:
-    if set(relative.parts) & (_NOT_PROSE | _NOT_STDLIB):
-        return False
-    return not any(part.startswith(_BUILD_MADE) for part in relative.parts)
+def _is_prose(name: str) -> bool:
+    return name not in _NOT_PROSE | _NOT_STDLIB and not name.startswith(_BUILD_MADE)
 
 
 def builtin_sha256() -> str:
