@@ -90,6 +90,12 @@ def loss_curves(summary: Mapping[str, Any], *, width: int, height: int) -> str |
         return _svg(figure, f"curves-{width}", "Held-out loss against training step, one line per method.")
 
 
+def is_cut(methods: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether `loss_curves` leaves out the highest losses, at the start of training."""
+    drawn = [m for m in methods if len(m["curve"]) > 1]
+    return bool(drawn) and max(y for m in drawn for _, y in m["curve"]) > _interesting_top(drawn)
+
+
 def differences(summary: Mapping[str, Any], *, width: int) -> str | None:
     """Loss minus cross-entropy's, paired by seed: mean, error, 95 % interval, and a dot per seed."""
     methods = [m for m in summary["methods"] if m["against_ce"]]

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sparsekd import __version__
 from sparsekd.comparison import compare, comparisons, over_seeds, verdict
 from sparsekd.errors import SourceError
 from sparsekd.report_page import render_html
@@ -56,6 +57,7 @@ def aggregate(folder: str | Path) -> Summary:
     _name_strangers(root, methods, notes)
     summary: Summary = {key: run.get(key) for key in ("title", "profile", "machine", "seeds", "corpus", "student")}
     summary |= {key: run.get(key) or {} for key in ("commands", "seconds", "versions", "teacher")}
+    summary["versions"] = {"sparsekd": __version__} | _dict(summary["versions"])
     summary["teacher"] = _dict(summary["teacher"]) | {"evaluation": _evaluation(root / "teacher", root, notes)}
     summary["methods"] = methods
     summary["storage"] = _storage(root, methods, summary["teacher"], notes)

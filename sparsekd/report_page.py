@@ -55,8 +55,8 @@ def _evidence(summary: Summary) -> str:
     told = [
         f"{signed(c['mean'])}{plus_minus(c['standard_error'], 3)} against {c['label']}" for c in summary["comparisons"]
     ]
-    if not told:
-        return ""
+    if not told or all(c["outcome"] == "unknown" for c in summary["comparisons"]):
+        return ""  # one seed: the headline has said it all
     seeds = len(summary["comparisons"][0]["values"])
     how = "mean ± standard error over seeds; a difference counts when its 95 % interval excludes 0"
     words = f"Held-out loss, paired by seed ({plural(seeds, 'seed')}): {', '.join(told)} (nats per token, {how})."
@@ -194,7 +194,9 @@ def _curves(summary: Summary) -> str:
     if not wide:
         return ""
     narrow = _draw(plots.loss_curves, summary, width=370, height=380)
-    caption = "Thick lines are means over seeds, thin lines single seeds. The steep first part of training is cut off."
+    caption = "Thick lines are means over seeds, thin lines single seeds."
+    if plots.is_cut(summary["methods"]):
+        caption += " The steep first part of training is cut off."
     figure = f'<div class="wide">{wide}</div><div class="narrow">{narrow}</div>'
     return _section("curves", "Loss while training", _figure(figure, caption))
 
@@ -357,7 +359,7 @@ def signed(value: float) -> str:
 
 def plus_minus(error: float | None, digits: int) -> str:
     """' ± error', or nothing where it is unknown."""
-    return "" if error is None else f"\u00a0± {error:.{digits}f}"
+    return "" if error is None else f"\u00a0±\u00a0{error:.{digits}f}"
 
 
 def interval(difference: Mapping[str, Any]) -> str:

@@ -228,6 +228,20 @@ def test_bytes_per_token_fall_back_to_the_manifest(finished: Path, tmp_path: Pat
     assert summary["notes"] == ["caches/rs50/stats.json is missing."]
 
 
+def test_seed_statistics_agree_with_the_metrics(finished: Path) -> None:
+    """The report's torch-free errors are those of sparsekd.metrics: paired means, and the ratio of sums."""
+    from sparsekd import metrics
+
+    got = by_name(aggregate(finished))
+    d = {name: list(got[name]["against_ce"]["values"].values()) for name in ("rs", "full_kd")}
+    paired = metrics.mean_and_standard_error(d["rs"])
+    assert got["rs"]["against_ce"]["mean"] == pytest.approx(paired.mean)
+    assert got["rs"]["against_ce"]["standard_error"] == pytest.approx(paired.standard_error)
+    ratio = metrics.ratio_of_sums([-x for x in d["rs"]], [-x for x in d["full_kd"]])
+    assert got["rs"]["gap_closed"]["mean"] == pytest.approx(ratio.mean)
+    assert got["rs"]["gap_closed"]["standard_error"] == pytest.approx(ratio.standard_error)
+
+
 # -- the verdict
 
 
