@@ -25,11 +25,11 @@ _HOME = {
     "fused_linear_sparse_kl": "fused",
     "CacheReader": "cache",
     "CacheWriter": "cache",
-    "RowsReader": "rows",
-    "CacheDataset": "train",
-    "SparseKDCollator": "train",
-    "attach_sparse_kd": "train",
-    "attach_full_kd": "train",
+    "RowsReader": "packed",
+    "CacheDataset": "student",
+    "SparseKDCollator": "student",
+    "attach_sparse_kd": "student",
+    "attach_full_kd": "student",
 }
 __all__ = ["__version__", *_HOME]
 

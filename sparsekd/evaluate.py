@@ -1,0 +1,167 @@
+"""Judge a model on held-out rows: loss, calibration, and how well it drafts for the teacher.
+
+Shapes: B rows, L tokens, C positions of a chunk, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsekd import metrics, models
+from sparsekd.errors import MismatchError, SourceError
+from sparsekd.packed import RowsReader
+from sparsekd.samplers import sample
+
+# Logits exist for this many float32 bytes at a time, for the model and for the teacher.
+CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
+
+
+def evaluate(
+    *,
+    model: str,
+    rows: str | Path,
+    split: str = "heldout",
+    teacher: str | None = None,
+    out: str | Path | None = None,
+    batch_size: int = 8,
+    limit_rows: int | None = None,
+    dtype: str = "float32",
+    device: str | None = None,
+    progress: Callable[[int, int], Any] | None = None,
+) -> dict[str, Any]:
+    """Measure `model` on a split of packed rows; also written to `out/evaluation.json` (default: a local model's folder).
+
+    Only supervised tokens count. Means come with their standard error over rows.
+
+    Returns:
+        loss (nats per token), perplexity, bits_per_byte, ece and reliability (15 bins, Guo et al. 2017), accuracy;
+        with a teacher also acceptance (Σ min(p, q), the expected speculative acceptance of a drafted token),
+        agreement (same top token) and teacher_kl (nats, KL(teacher || model)).
+
+    Raises:
+        MismatchError: a model or teacher that does not fit the rows.
+    """
+    reader = RowsReader(rows, split)
+    student = _open(model, reader, dtype, device, "model")
+    other = None if teacher is None else _open(teacher, reader, dtype, device, "teacher")
+    if other is not None and models.logit_width(other) != models.logit_width(student):
+        raise MismatchError(
+            f"vocabulary differs: the model makes {models.logit_width(student)} logits, the teacher "
+            f"{models.logit_width(other)}; take models of one tokenizer"
+        )
+    count = min(len(reader), limit_rows or len(reader))
+    if not count:
+        raise SourceError(f"{rows} has no rows in split {split!r}; pack with heldout above 0, or name another split")
+    tally, bins = metrics.Tally(), metrics.CalibrationBins()
+    for start in range(0, count, batch_size):
+        batch = reader.batch(range(start, min(start + batch_size, count)))
+        for logits_CV, teacher_CV, labels_C, rows_C in _chunks(student, other, batch):
+            confidence, correct = metrics.top1(logits_CV, labels_C)
+            bins.add(confidence, correct)
+            values = {"loss": metrics.token_losses(logits_CV, labels_C), "accuracy": correct.double()}
+            if teacher_CV is not None:
+                values |= _against_teacher(teacher_CV, logits_CV)
+            tally.add(rows_C, **values)
+        if progress:
+            progress(min(start + batch_size, count), count)
+    result = _result(tally, bins, reader.manifest["splits"][split])
+    target = Path(out) if out else Path(model) if Path(model).is_dir() else None
+    if target is not None:
+        target.mkdir(parents=True, exist_ok=True)
+        (target / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def unique_ids(
+    *,
+    teacher: str,
+    rows: str | Path,
+    split: str = "heldout",
+    rounds: tuple[int, ...] = (1, 2, 5, 10, 20, 50, 100, 200, 500),
+    limit_rows: int = 16,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Mean number of distinct ids against rounds of random sampling, and the power law through it (paper, figure 5)."""
+    reader = RowsReader(rows, split)
+    model = _open(teacher, reader, "float32", device, "teacher")
+    batch = reader.batch(range(min(limit_rows, len(reader))))
+    sums = np.zeros(len(rounds))
+    positions = 0
+    for logits_CV, _, _, rows_C in _chunks(model, None, batch):
+        for index, count in enumerate(rounds):
+            drawn = sample(logits_CV, "random_sampling", rounds=count, rows=rows_C)
+            sums[index] += float((drawn.weights > 0).sum())
+        positions += len(logits_CV)
+    mean = sums / max(positions, 1)
+    exponent, offset = np.polyfit(np.log(rounds), np.log(mean), 1)
+    fit = {"exponent": float(exponent), "prefactor": float(np.exp(offset))}
+    return {"rounds": list(rounds), "unique": mean.tolist(), "positions": positions, "power_law": fit}
+
+
+def _open(path: str, reader: RowsReader, dtype: str, device: str | None, whose: str) -> Any:
+    model = models.open_model(path, dtype=dtype, device=device)
+    models.check_context(model, reader.seq_len, whose)
+    models.check_own_tokenizer(path, reader.tokenizer_hash, whose, "evaluate on rows packed with its tokenizer")
+    size = reader.manifest["tokenizer"]["vocab_size"]
+    if models.logit_width(model) < size:
+        raise MismatchError(
+            f"vocabulary differs: the rows' tokenizer has {size} tokens, {whose} {path} makes "
+            f"{models.logit_width(model)} logits; evaluate on rows packed with its tokenizer"
+        )
+    return model
+
+
+@torch.no_grad()
+def _chunks(model: Any, teacher: Any, batch: Any) -> Iterator[tuple[Tensor, Tensor | None, Tensor, Tensor]]:
+    """(logits, teacher logits, labels, row numbers) of the supervised positions, a chunk at a time."""
+    device = next(model.parameters()).device
+    ids = torch.from_numpy(batch.input_ids.astype(np.int64)).to(device)
+    rows, positions = torch.from_numpy(batch.supervised[:, 1:]).to(device).nonzero(as_tuple=True)
+    labels = ids[rows, positions + 1]
+    numbers = torch.from_numpy(np.asarray(batch.indices)).to(device)[rows]
+    hidden = [None if m is None else _hidden(m, ids)[rows, positions] for m in (model, teacher)]
+    heads = [None if m is None else models.head_of(m) for m in (model, teacher)]
+    step = max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (4 * models.logit_width(model)))
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        logits = [None if h is None else head.logits(h[part]) for h, head in zip(hidden, heads, strict=True)]
+        yield logits[0], logits[1], labels[part], numbers[part]
+
+
+def _hidden(model: Any, ids: Tensor) -> Tensor:
+    models.check_rebuilt(model)
+    return models.body_of(model)(input_ids=ids, use_cache=False).last_hidden_state
+
+
+def _against_teacher(teacher_CV: Tensor, logits_CV: Tensor) -> dict[str, Tensor]:
+    log_t, log_p = teacher_CV.float().log_softmax(-1), logits_CV.float().log_softmax(-1)
+    return {
+        "acceptance": metrics.speculative_acceptance(teacher_CV, logits_CV),
+        "agreement": metrics.top1_agreement(teacher_CV, logits_CV).double(),
+        "teacher_kl": (log_t.exp() * (log_t - log_p)).sum(-1),
+    }
+
+
+def _result(tally: metrics.Tally, bins: metrics.CalibrationBins, split: dict[str, Any]) -> dict[str, Any]:
+    loss, calibration = tally.estimate("loss"), bins.result()
+    text_bytes = split.get("supervised_bytes") or split["bytes"]
+    result: dict[str, Any] = {
+        name: {"mean": value.mean, "standard_error": value.standard_error} for name, value in tally.estimates().items()
+    }
+    return result | {
+        "perplexity": metrics.perplexity(loss.mean),
+        "bits_per_byte": metrics.bits_per_byte(loss.mean, tokens=split["supervised"], text_bytes=text_bytes),
+        "ece": calibration.ece,
+        "reliability": [
+            {"count": b.count, "confidence": b.confidence, "accuracy": b.accuracy} for b in calibration.reliability
+        ],
+        "tokens": tally.tokens,
+        "rows": tally.rows,
+    }

@@ -1,0 +1,266 @@
+"""Teachers and students: open them, tell them apart, and split them into a body and a head.
+
+Shapes: B rows, L tokens, H hidden size, V logit width, C positions of a chunk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import crc32c
+import torch
+from torch import Tensor, nn
+
+from sparsekd import vocab
+from sparsekd.errors import MismatchError, ModelError, RecipeError, SparseKDError
+
+
+def _llama(hidden: int, layers: int, heads: int, groups: int, ffn: int) -> dict[str, int]:
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "intermediate_size": ffn,
+    }
+
+
+# Llama-style students by name. 300m and 3b are the paper's (table 17); the others follow their proportions.
+FAMILY: dict[str, dict[str, int]] = {
+    "tiny": _llama(64, 2, 2, 2, 176),
+    "mini": _llama(128, 3, 4, 4, 352),
+    "small": _llama(192, 4, 4, 4, 512),
+    "10m": _llama(320, 6, 5, 5, 880),
+    "30m": _llama(512, 8, 8, 8, 1408),
+    "100m": _llama(768, 12, 12, 12, 2112),
+    "300m": _llama(1024, 24, 8, 8, 2816),
+    "1b": _llama(2048, 20, 16, 8, 5632),
+    "3b": _llama(3072, 28, 24, 8, 8192),
+}
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Head:
+    """How a model turns hidden states into logits: z = softcap * tanh(scale * (h Wᵀ + bias) / softcap).
+
+    `weight_VH` is None for a model whose head could not be rebuilt: its "hidden states" are the logits themselves.
+    """
+
+    weight_VH: Tensor | None
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden_CH: Tensor) -> Tensor:
+        """[C, V] logits in the model's dtype."""
+        if self.weight_VH is None:
+            return hidden_CH
+        logits = nn.functional.linear(hidden_CH, self.weight_VH, self.bias)
+        if self.scale != 1:
+            logits = logits * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def default_device() -> str:
+    """"cuda" (the local rank's, under torchrun) when there is one, else "cpu"."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    import os
+
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+
+
+def open_model(path: str, *, dtype: str = "float32", device: str | None = None) -> Any:
+    """A pretrained causal language model in eval mode, from a local folder or a hub id.
+
+    Raises:
+        ModelError: nothing there, or not a causal language model; RecipeError: unknown dtype.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if dtype not in DTYPES:
+        raise RecipeError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
+    if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
+        raise ModelError(f"no model at {path}: the folder does not exist")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype])
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot open {path!r} as a causal language model: {_first_line(error)}") from error
+    return model.to(device or default_device()).eval()
+
+
+def new_student(shape: str | dict[str, Any], *, vocab_size: int, seq_len: int, tokenizer: Any = None) -> Any:
+    """A student: a name of `FAMILY`, a dict of `LlamaConfig` keys (optionally with `family`), or a checkpoint.
+
+    A new student's weights come from torch's global generator: seed it first.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    if isinstance(shape, str) and shape not in FAMILY:
+        return open_model(shape, device="cpu").train()
+    settings = {"family": shape} if isinstance(shape, str) else dict(shape)
+    family = settings.pop("family", "tiny")
+    if family not in FAMILY:
+        raise RecipeError(f"unknown student family {family!r}; there are {', '.join(FAMILY)}")
+    known = set(FAMILY[family]) | {"tie_word_embeddings", "rope_theta", "head_dim", "max_position_embeddings"}
+    unknown = sorted(set(settings) - known)
+    if unknown:
+        raise RecipeError(f"unknown student setting {unknown[0]!r}; there are {', '.join(sorted(known))}")
+    sizes = FAMILY[family] | settings
+    if "num_key_value_heads" not in settings:
+        sizes["num_key_value_heads"] = min(sizes["num_key_value_heads"], sizes["num_attention_heads"])
+    config = LlamaConfig(
+        **{"vocab_size": vocab_size, "max_position_embeddings": max(seq_len, 64), "tie_word_embeddings": True} | sizes,
+        bos_token_id=getattr(tokenizer, "bos_token_id", None),
+        eos_token_id=getattr(tokenizer, "eos_token_id", None),
+        pad_token_id=None,
+    )
+    return LlamaForCausalLM(config)
+
+
+def inner_model(model: Any) -> Any:
+    """The causal language model inside PEFT and data-parallel wrappers."""
+    while True:
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif hasattr(model, "module") and isinstance(model.module, nn.Module):
+            model = model.module
+        else:
+            return model
+
+
+def body_of(model: Any) -> Any:
+    """The model without its head: ids -> last hidden state after the final norm."""
+    inner = inner_model(model)
+    body = getattr(inner, inner.base_model_prefix, None)
+    if body is None or body is inner:
+        raise ModelError(f"{type(inner).__name__} has no separate body ({inner.base_model_prefix!r})")
+    return body
+
+
+def head_of(model: Any) -> Head:
+    """The head's weights and form, as the forward pass uses them now.
+
+    Raises:
+        ModelError: no output embedding, or one that an adapter rewrites (LoRA on the head would get no gradient).
+    """
+    inner = inner_model(model)
+    module = inner.get_output_embeddings()
+    if module is None:
+        raise ModelError(f"{type(inner).__name__} has no output embedding")
+    if hasattr(module, "modules_to_save"):
+        module = module.modules_to_save[module.active_adapters[0]]
+    if hasattr(module, "base_layer"):
+        raise ModelError(
+            "LoRA on the output embedding is not supported: the loss reads the head's weight, so the adapter would get "
+            "no gradient; take it out of target_modules, or train the head whole with modules_to_save=['lm_head']"
+        )
+    config = inner.config.get_text_config()
+    return Head(
+        weight_VH=module.weight,
+        bias=getattr(module, "bias", None),
+        scale=_logit_scale(config),
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+def _logit_scale(config: Any) -> float:
+    """The factors that families put on their logits: Cohere, Falcon-H1 and friends multiply, Granite divides."""
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)
+    return scale / float(getattr(config, "logits_scaling", None) or 1.0)
+
+
+@torch.no_grad()
+def rebuilt_error(model: Any) -> float:
+    """How far body + head are from the model's own logits on a probe, relative to the logits' spread.
+
+    A family with a form of head that we do not know shows here, before anything is trained or cached.
+    """
+    inner, was_training = inner_model(model), model.training
+    inner.eval()
+    head = head_of(model)
+    assert head.weight_VH is not None
+    width = min(len(head.weight_VH), inner.get_input_embeddings().weight.shape[0])
+    probe = (torch.arange(16, device=head.weight_VH.device) * 7919 % width)[None]
+    own = type(inner).forward(inner, input_ids=probe, use_cache=False).logits.float()
+    ours = head.logits(body_of(model)(input_ids=probe, use_cache=False).last_hidden_state).float()
+    inner.train(was_training)
+    return float((own - ours).abs().max() / own.std().clamp(min=1e-6))
+
+
+def check_rebuilt(model: Any) -> None:
+    """Raise ModelError when body + head do not reproduce the model's logits."""
+    error = rebuilt_error(model)
+    if error > 0.05:
+        raise ModelError(
+            f"{type(inner_model(model)).__name__}: body and head do not reproduce the model's logits (they differ by "
+            f"{error:.2g} standard deviations); its head has a form that sparsekd does not know"
+        )
+
+
+def logit_width(model: Any) -> int:
+    """V: how many logits the model makes (its embedding may be padded beyond the tokenizer)."""
+    return int(inner_model(model).get_output_embeddings().weight.shape[0])
+
+
+def check_context(model: Any, seq_len: int, whose: str) -> None:
+    """Refuse rows that are longer than the model's context."""
+    context = getattr(inner_model(model).config.get_text_config(), "max_position_embeddings", None)
+    if context and seq_len > context:
+        raise MismatchError(
+            f"seq_len={seq_len} is beyond the {whose}'s context of {context} tokens; re-pack with seq_len={context}"
+        )
+
+
+def check_own_tokenizer(model: str, wanted: str, whose: str, way_out: str) -> None:
+    """Refuse a model that comes with another tokenizer; one that comes without any is let through."""
+    folder = Path(model)
+    if folder.is_dir() and not any(folder.glob("tokenizer*")):
+        return
+    try:
+        tokenizer = vocab.load_tokenizer(model)
+    except SparseKDError:
+        return
+    found = vocab.fingerprint(tokenizer)
+    if found != wanted:
+        raise MismatchError(
+            f"tokenizer differs: the rows were made with {wanted[:12]}, {whose} {model} comes with {found[:12]}; "
+            f"{way_out}"
+        )
+
+
+def describe(model: Any, name: str) -> dict[str, Any]:
+    """What a manifest says of a model: enough to refuse another one."""
+    inner = inner_model(model)
+    parameters = {id(p): p.numel() for p in inner.parameters()}
+    return {
+        "id": name,
+        "revision": getattr(inner.config, "_commit_hash", None),
+        "architecture": type(inner).__name__,
+        "parameters": sum(parameters.values()),
+        "dtype": str(next(inner.parameters()).dtype).removeprefix("torch."),
+        "weights": weights_hash(inner),
+    }
+
+
+def weights_hash(model: Any) -> str:
+    """A fingerprint of all weights: sha256 over the sorted (name, dtype, shape, CRC-32C of the bytes).
+
+    CRC-32C runs at memory speed, so that a 70B teacher is hashed in seconds to minutes, not hours.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        data = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {crc32c.crc32c(data):08x}\n".encode())
+    return digest.hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,188 @@
+"""Students that learn from a cache inside a stock training loop.
+
+`attach_sparse_kd` teaches a model's own forward to take sparse targets and return the loss, so that whatever wraps
+the model (Trainer, DDP, FSDP, PEFT, autocast) stays in charge. Shapes: B rows, L tokens, K kept ids.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsekd.cache import CacheReader
+from sparsekd.errors import ModelError
+from sparsekd.fused import fused_linear_sparse_kl
+from sparsekd.losses import full_kl
+from sparsekd.models import body_of, check_rebuilt, head_of, inner_model
+from sparsekd.order import permute
+from sparsekd.targets import SparseTargets
+
+
+def attach_sparse_kd(model: Any, *, ce_weight: float = 0.0, chunk_rows: int | None = None) -> Any:
+    """Teach `model.forward` to take `kd_ids` and `kd_weights` and return the distillation loss; returns the model.
+
+    With them, the loss equals `sparse_kl(logits[:, :-1], targets, labels=labels[:, 1:], ce_weight=...)`, computed by
+    `fused_linear_sparse_kl` without the logits. Without them, forward is what it was (labels give the model's own
+    cross-entropy, generation works). May be called before or after PEFT wraps the model.
+
+    Raises:
+        ModelError: prompt tuning, LoRA on the head, or a head that cannot be rebuilt from its weights.
+    """
+    _refuse_prompt_tuning(model)
+    check_rebuilt(model)
+    inner = inner_model(model)
+    own_forward = inner.forward
+
+    def forward(
+        self: Any,
+        input_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        kd_ids: Tensor | None = None,
+        kd_weights: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if kd_ids is None:
+            if num_items_in_batch is not None:
+                kwargs["num_items_in_batch"] = num_items_in_batch
+            return own_forward(input_ids=input_ids, labels=labels, **kwargs)
+        assert kd_weights is not None
+        hidden = body_of(self)(input_ids=input_ids, **({"use_cache": False} | kwargs)).last_hidden_state
+        _check_positions(kd_ids, hidden)
+        head = head_of(self)
+        assert head.weight_VH is not None
+        loss = fused_linear_sparse_kl(
+            hidden[:, :-1],
+            head.weight_VH,
+            SparseTargets(ids=kd_ids, weights=kd_weights),
+            bias=head.bias,
+            scale=head.scale,
+            softcap=head.softcap,
+            labels=None if labels is None else labels[:, 1:],
+            ce_weight=ce_weight,
+            num_items_in_batch=num_items_in_batch,
+            chunk_rows=chunk_rows,
+        )
+        return _output(loss)
+
+    inner.forward = types.MethodType(forward, inner)
+    return model
+
+
+def attach_full_kd(model: Any, teacher: Any, *, ce_weight: float = 0.0) -> Any:
+    """The online baseline: in training, forward runs the teacher and returns `full_kl` to its whole distribution.
+
+    The teacher is held outside the student's modules: it is neither saved, wrapped nor trained. In eval mode forward
+    is what it was.
+    """
+    inner = inner_model(model)
+    own_forward = inner.forward
+    held = [teacher.eval().requires_grad_(False)]
+
+    def forward(
+        self: Any,
+        input_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if not self.training or labels is None:
+            return own_forward(input_ids=input_ids, labels=labels, **kwargs)
+        with torch.no_grad():
+            teacher_logits = held[0](input_ids=input_ids, use_cache=False).logits[:, :-1]
+        logits = own_forward(input_ids=input_ids, **kwargs).logits[:, :-1]
+        loss = full_kl(
+            logits,
+            teacher_logits,
+            labels=labels[:, 1:],
+            ce_weight=ce_weight,
+            num_items_in_batch=num_items_in_batch,
+        )
+        return _output(loss)
+
+    inner.forward = types.MethodType(forward, inner)
+    return model
+
+
+class CacheDataset(torch.utils.data.Dataset):
+    """A cache (or rows) as a map-style dataset in a stateless shuffled order.
+
+    Item i of an epoch is row `permute(i, len, seed, epoch)`: the order hangs on (seed, epoch) alone, so the state of a
+    run is one integer. Use it with a sequential sampler; `set_epoch` is called by Trainer and accelerate.
+    """
+
+    def __init__(self, rows: CacheReader | Any, *, seed: int = 0, shuffle: bool = True) -> None:
+        self.rows = rows
+        self.seed = seed
+        self.shuffle = shuffle
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def row_number(self, index: int) -> int:
+        """Which row of the cache item `index` of this epoch is."""
+        return int(permute(index, len(self.rows), self.seed, self.epoch)) if self.shuffle else index
+
+    def __getitem__(self, index: int) -> Any:
+        return self.rows[self.row_number(index)]
+
+
+class SparseKDCollator:
+    """Rows -> a batch of `input_ids`, `labels` (-100 where unsupervised), and for cached rows `kd_ids`, `kd_weights`.
+
+    `with_targets=False` leaves the targets out (plain training on a cache's rows).
+    """
+
+    def __init__(self, *, with_targets: bool = True) -> None:
+        self.with_targets = with_targets
+
+    def __call__(self, rows: Sequence[Any]) -> dict[str, Tensor]:
+        """Tensors [B, L], [B, L] and twice [B, L-1, K]; targets are padded with weight 0 to the batch's largest K."""
+        ids = np.stack([row.input_ids for row in rows]).astype(np.int64)
+        supervised = np.stack([row.supervised for row in rows])
+        batch = {
+            "input_ids": torch.from_numpy(ids),
+            "labels": torch.from_numpy(np.where(supervised, ids, -100)),
+        }
+        if self.with_targets and hasattr(rows[0], "targets"):
+            targets = [row.targets for row in rows]
+            width = max(t.ids.shape[1] for t in targets)
+            batch["kd_ids"] = torch.from_numpy(np.stack([_widened(t.ids, width) for t in targets]))
+            batch["kd_weights"] = torch.from_numpy(np.stack([_widened(t.weights, width) for t in targets]))
+        return batch
+
+
+def _widened(array: np.ndarray, width: int) -> np.ndarray:
+    return np.pad(array, ((0, 0), (0, width - array.shape[1])))
+
+
+def _refuse_prompt_tuning(model: Any) -> None:
+    for config in (getattr(model, "peft_config", None) or {}).values():
+        if getattr(config, "is_prompt_learning", False):
+            raise ModelError(
+                f"{config.peft_type} adds virtual tokens, which shift every position against the cache's targets; "
+                "use LoRA or full training"
+            )
+
+
+def _check_positions(kd_ids: Tensor, hidden: Tensor) -> None:
+    if kd_ids.shape[:2] != (hidden.shape[0], hidden.shape[1] - 1):
+        raise ValueError(
+            f"targets have positions {tuple(kd_ids.shape[:2])}, the batch needs "
+            f"{(hidden.shape[0], hidden.shape[1] - 1)}: one for each token but the last of a row"
+        )
+
+
+def _output(loss: Tensor) -> Any:
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    return CausalLMOutputWithPast(loss=loss)
