@@ -201,6 +201,13 @@ def test_seeds_reliability_is_pooled_by_count() -> None:
     assert _pool([one, two]) == [{"count": 40, "confidence": pytest.approx(0.8), "accuracy": pytest.approx(0.4)}, empty]
 
 
+def test_mean_curves_use_the_steps_that_all_seeds_have() -> None:
+    """Steps 1 and 3 are shared; averaging step 2 over one seed would bend the curve."""
+    from sparsekd.report import _mean_curve
+
+    assert _mean_curve([[[1, 5.0], [2, 9.0], [3, 4.0]], [], [[3, 3.0], [1, 6.0]]]) == [[1, 5.5], [3, 3.5]]
+
+
 def test_speed_storage_and_curves(finished: Path) -> None:
     """Speed is paired with CE's, bytes come from the cache's measure, dense is 2 bytes times the logit width."""
     summary = aggregate(finished)
@@ -484,7 +491,9 @@ def test_words_from_outside_are_only_words(finished: Path, tmp_path: Path) -> No
     html = render_html(aggregate(root))
     for markup in ("<script", "<img", "<u>", "<i>", "<b>'"):
         assert markup not in html
-    assert "&lt;script&gt;x&lt;/script&gt; &amp; $x^2$" in html
+    label = "&lt;script&gt;x&lt;/script&gt; &amp; $x^2$"
+    assert f"{label}</th>" in html
+    assert re.search(rf"<text[^>]*>[^<]*{re.escape(label)}</text>", html)
     assert outline(html).open == []
 
 
