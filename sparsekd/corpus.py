@@ -18,15 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from .errors import RecipeError, SourceError
-from .sources import (
-    JSON_LINES,
-    Origin,
-    as_list,
-    builtin_files,
-    builtin_sha256,
-    missing,
-    resolve,
-)
+from .sources import JSON_LINES, Origin, as_list, builtin_files, builtin_sha256, missing, resolve
 
 TEXT_BY = ("document", "paragraph", "line")
 PROMPT_FIELDS = ("prompt", "instruction")

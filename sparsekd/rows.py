@@ -100,7 +100,7 @@ def pack(
         "heldout": heldout,
         "limit_tokens": limit_tokens,
     }
-    out = Path(out)
+    out = Path(out).expanduser()
     if (existing := _already_packed(out, settings)) is not None:
         return existing
 

@@ -172,20 +172,42 @@ def encode(tokenizer: Any, documents: Sequence[Document]) -> list[Encoded]:
     ends = document_ends(tokenizer)
     special = _special_pattern(tokenizer)
     pieces = [_pieces(tokenizer, document, special) for document in documents]
-    ids = _encode_pieces(tokenizer, [piece for several in pieces for piece in several])
+    flat = [(piece, index > 0) for several in pieces for index, piece in enumerate(several)]
+    ids = _encode_pieces(tokenizer, flat)
     return [
         _assemble(tokenizer, document, several, [next(ids) for _ in several], ends)
         for document, several in zip(documents, pieces, strict=True)
     ]
 
 
-def _encode_pieces(tokenizer: Any, pieces: list[Piece]) -> Iterator[list[int]]:
-    """The ids of each piece in order; two batch calls, for control is a switch of the whole call."""
-    batches = {control: [p.text for p in pieces if p.control == control] for control in (False, True)}
-    encoded = {
-        control: iter(_batch(tokenizer, texts, split_special_tokens=not control)) for control, texts in batches.items()
-    }
-    return (next(encoded[piece.control]) for piece in pieces)
+def _encode_pieces(tokenizer: Any, pieces: list[tuple[Piece, bool]]) -> Iterator[list[int]]:
+    """The ids of each (piece, whether it continues another), in order.
+
+    Two batch calls, because whether control strings are control is a switch of the whole call.
+    """
+    anchor = _anchor(tokenizer)
+    encoded = {}
+    for control in (False, True):
+        texts = [anchor * after + piece.text for piece, after in pieces if piece.control == control]
+        encoded[control] = iter(_batch(tokenizer, texts, split_special_tokens=not control))
+    head = _batch(tokenizer, [anchor], split_special_tokens=True)[0] if anchor else []
+    for piece, after in pieces:
+        ids = next(encoded[piece.control])
+        if not (anchor and after):
+            yield ids
+        elif ids[: len(head)] == head:
+            yield ids[len(head) :]
+        else:  # the anchor melted into the text: rather a space too many than a lost token
+            yield _batch(tokenizer, [piece.text], split_special_tokens=not piece.control)[0]
+
+
+def _anchor(tokenizer: Any) -> str:
+    """A line end to put before continuing text, where the tokenizer adds a space to whatever it is given.
+
+    SentencePiece's do: "t" alone is "▁t", so that prompt "ca" and response "t" would become "ca t".
+    """
+    alone, anchor, anchored = _batch(tokenizer, ["a", "\n", "\na"], split_special_tokens=True)
+    return "" if anchor + alone == anchored else "\n"
 
 
 def _batch(tokenizer: Any, texts: list[str], *, split_special_tokens: bool) -> list[list[int]]:

@@ -233,6 +233,28 @@ def test_only_the_response_and_its_eos_are_supervised(tokenizer: Any) -> None:
     assert (encoded.bytes, encoded.supervised_bytes) == (11, 5)
 
 
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+def test_no_space_slips_between_prompt_and_response(scheme: str) -> None:
+    """SentencePiece-like tokenizers put a space before every text; a response that continues gets none."""
+    made = with_metaspace(scheme)
+    for prompt, response in (("the ca", "t sat"), ("the cat", " sat"), ("the\n", "cat"), ("the", "\ncat")):
+        encoded = encode_one(made, (prompt, False), (response, True))
+        assert made.decode(encoded.ids[:-1]).lstrip() == prompt + response
+        assert made.decode(encoded.ids[encoded.supervised][:-1]) == response
+
+
+def with_metaspace(scheme: str) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    trainer = trainers.BpeTrainer(vocab_size=60, special_tokens=["</s>"], show_progress=False)
+    backend.train_from_iterator(TEXTS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+
+
 def test_bos_before_a_prompt_is_no_target() -> None:
     """BOS belongs to what it precedes: a target before text, none before a prompt."""
     assert encode_one(with_bos(), ("a", True)).supervised[0]
@@ -276,6 +298,17 @@ def test_supervision_agrees_with_the_mask_of_transformers() -> None:
     theirs = made.apply_chat_template(list(CHAT), tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     assert encoded.ids.tolist() == theirs["input_ids"]
     assert encoded.supervised.tolist() == [bool(flag) for flag in theirs["assistant_masks"]]
+
+
+def test_a_chat_gets_no_bos_but_its_templates() -> None:
+    """A template writes BOS where it wants one: none is put in front, and a written one is control, not text."""
+    made = with_bos()
+    made.chat_template = "{{ bos_token }}{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+    for template in (made.chat_template, made.chat_template.removeprefix("{{ bos_token }}")):
+        made.chat_template = template
+        ids = encode_one(made, messages=CHAT[:2]).ids.tolist()
+        assert ids.count(made.bos_token_id) == template.count("bos_token")
+        assert made.decode(ids) == made.apply_chat_template(list(CHAT[:2]), tokenize=False) + vocab.EOS
 
 
 def test_a_chat_that_does_not_end_in_eos_gets_one() -> None:
