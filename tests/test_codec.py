@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -99,6 +101,14 @@ def test_a_row_begins_with_its_input_ids():
 def test_every_codec_has_golden_bytes():
     """A codec without a written-down example could change its bytes unnoticed."""
     assert set(GOLDEN_COUNTS) | set(GOLDEN_WEIGHTS) == set(CODECS)
+
+
+def test_the_format_page_shows_the_golden_bytes():
+    """docs/format.md and this file cannot drift apart: the page has every example, codec by codec."""
+    lines = (Path(__file__).parents[1] / "docs" / "format.md").read_text().splitlines()
+    shown = {line.split()[0]: "".join(line.split()[1:]) for line in lines if line.split()[:1]}
+    for name, data in (GOLDEN_COUNTS | GOLDEN_WEIGHTS).items():
+        assert shown[name] == data.replace(" ", "")
 
 
 # --- round trips ----------------------------------------------------------------------------------------
