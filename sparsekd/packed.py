@@ -25,6 +25,7 @@ from .errors import SourceError, VersionError
 FORMAT = "sparsekd-rows"
 FORMAT_VERSION = 1
 PACKING = "concat-v1"
+_AGAIN = "delete the folder and pack again"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +72,9 @@ class RowsReader:
             self.fingerprint = str(splits[split]["fingerprint"])
             self._rows = int(splits[split]["rows"])
         except (KeyError, TypeError, ValueError) as error:
-            raise SourceError(f"{path}/manifest.json is damaged ({error!r}); pack the rows again") from error
+            raise SourceError(
+                f"{path}/manifest.json is damaged ({error!r}); delete the folder and pack again"
+            ) from error
         bits = -(-self.seq_len // 8)
         self._ids = self._map("ids", self.seq_len, ("<u2", "<u4"))
         self._starts = self._map("starts", bits, ("|u1",))
@@ -82,11 +85,11 @@ class RowsReader:
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise SourceError(f"{path} is missing or damaged ({error}); pack the rows again") from error
+            raise SourceError(f"{path} is missing or damaged ({error}); {_AGAIN}") from error
         shape, expected = getattr(array, "shape", None), (self._rows, width)
         if shape != expected or array.dtype.str not in dtypes:
             raise SourceError(
-                f"{path} is {array.dtype.str} {shape}, the manifest says {dtypes[0]} {expected}; pack the rows again"
+                f"{path} is {array.dtype.str} {shape}, the manifest says {dtypes[0]} {expected}; {_AGAIN}"
             )
         return array
 
@@ -130,7 +133,7 @@ class RowsReader:
         if (found := vocab.fingerprint(opened)) != self.tokenizer_hash:
             raise SourceError(
                 f"{self.path}/tokenizer has hash {found[:12]}, the rows were made with "
-                f"{self.tokenizer_hash[:12]}; pack the rows again"
+                f"{self.tokenizer_hash[:12]}; {_AGAIN}"
             )
         return opened
 
@@ -144,7 +147,7 @@ class RowsReader:
         if found != self.fingerprint:
             raise SourceError(
                 f"{self.path}: the {self.split} rows have fingerprint {found[:12]}, the manifest says "
-                f"{self.fingerprint[:12]}; a file changed after packing, pack the rows again"
+                f"{self.fingerprint[:12]}; a file changed after packing, {_AGAIN}"
             )
 
     def close(self) -> None:
@@ -173,13 +176,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise SourceError(f"{path} holds no packed rows (no manifest.json); make them with `sparsekd pack`") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise SourceError(f"{path}/manifest.json cannot be read ({error}); pack the rows again") from error
+        raise SourceError(f"{path}/manifest.json cannot be read ({error}); {_AGAIN}") from error
     kind = manifest.get("format") if isinstance(manifest, dict) else None
     if kind != FORMAT:
         raise SourceError(f"{path} holds {kind!r}, not {FORMAT!r}; give a folder that `sparsekd pack` wrote")
     version = manifest.get("format_version")
     if not isinstance(version, int):
-        raise SourceError(f"{path}/manifest.json has format_version {version!r}, a number is needed; pack again")
+        raise SourceError(f"{path}/manifest.json has format_version {version!r}, a number is needed; {_AGAIN}")
     if version > FORMAT_VERSION:
         raise VersionError(
             f"{path} was written by a newer sparsekd (format {version}, this one reads {FORMAT_VERSION}); "

@@ -93,12 +93,13 @@ def pack(
     opened = None if trained else _open_tokenizer(tokenizer)
     settings = {
         "source": describe(source, **reading),
-        "reading": reading,
-        "tokenizer": {"train": vocab_size} if opened is None else {"hash": vocab.fingerprint(opened)},
+        "tokenizer": "train" if opened is None else vocab.fingerprint(opened),
+        "vocab_size": vocab_size if opened is None else None,
         "seq_len": seq_len,
         "seed": seed,
         "heldout": heldout,
         "limit_tokens": limit_tokens,
+        **{"data_split" if key == "split" else key: value for key, value in reading.items()},
     }
     out = Path(out).expanduser()
     if (existing := _already_packed(out, settings)) is not None:
@@ -182,7 +183,7 @@ def _pack_into(
 def _describe_tokenizer(tokenizer: Any, settings: dict[str, Any]) -> dict[str, Any]:
     bos, eos = vocab.document_ends(tokenizer)
     size = vocab.vocab_size(tokenizer)
-    name = f"trained-{size}" if "train" in settings["tokenizer"] else vocab.name_of(tokenizer)
+    name = f"trained-{size}" if settings["tokenizer"] == "train" else vocab.name_of(tokenizer)
     return {
         "hash": vocab.fingerprint(tokenizer),
         "vocab_size": size,
@@ -306,6 +307,8 @@ def _already_packed(out: Path, settings: dict[str, Any]) -> dict[str, Any] | Non
                 f"{out} was packed with {key}={was.get(key)}, these settings have {now.get(key)}; "
                 f"choose another out=, or pack with {key}={was.get(key)}"
             )
+    for split in manifest.get("splits") or ["train"]:
+        RowsReader(out, split).close()  # complete, or a SourceError that says what is damaged
     return manifest
 
 

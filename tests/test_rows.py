@@ -288,9 +288,10 @@ def test_packing_again_returns_what_is_there(tmp_path: Path, tokenizer: Any) -> 
     ("change", "words"),
     [
         ({"seq_len": 16}, r"rows was packed with seq_len=8, these settings have 16; choose another out=, or pack with"),
+        ({"field": "text"}, r"packed with field=None, these settings have text"),
         ({"seed": 1}, r"packed with seed=0, these settings have 1"),
         ({"heldout": 0.5}, r"packed with heldout=0\.02, these settings have 0\.5"),
-        ({"tokenizer": "train"}, r"packed with tokenizer\.train=None, these settings have 2048"),
+        ({"tokenizer": "train"}, r"packed with tokenizer=[0-9a-f]{64}, these settings have train"),
     ],
 )
 def test_other_settings_on_the_same_folder_are_refused(
@@ -302,6 +303,18 @@ def test_other_settings_on_the_same_folder_are_refused(
     pack(**common)
     with pytest.raises(MismatchError, match=words):
         pack(**common | change)
+
+
+def test_a_damaged_folder_is_not_taken_for_packed(tmp_path: Path, tokenizer: Any) -> None:
+    """The same settings do not make a folder whole that lost a file."""
+    source = write_texts(tmp_path / "a.jsonl", texts(10))
+    common = {"source": source, "tokenizer": tokenizer, "seq_len": 8, "out": tmp_path / "rows"}
+    pack(**common)
+    (tmp_path / "rows" / "heldout_starts.npy").unlink()
+    with pytest.raises(
+        SourceError, match=r"heldout_starts\.npy is missing or damaged .*delete the folder and pack again"
+    ):
+        pack(**common)
 
 
 def test_a_foreign_folder_is_not_overwritten(tmp_path: Path, tokenizer: Any) -> None:
@@ -461,7 +474,9 @@ def test_verify_notices_every_changed_array(copy: Path) -> None:
         path = copy / f"train_{kind}.npy"
         good = path.read_bytes()
         path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-        with pytest.raises(SourceError, match=r"rows have fingerprint .*, the manifest says .*pack the rows again"):
+        with pytest.raises(
+            SourceError, match=r"rows have fingerprint .*, the manifest says .*delete the folder and pack again"
+        ):
             RowsReader(copy).verify()
         path.write_bytes(good)
 
@@ -480,7 +495,9 @@ def test_truncated_arrays_are_refused(copy: Path, kind: str) -> None:
     content = path.read_bytes()
     for length in (*range(0, 140), len(content) // 2, len(content) - 1):
         path.write_bytes(content[:length])
-        with pytest.raises(SourceError, match=rf"train_{kind}\.npy is missing or damaged .*pack the rows again"):
+        with pytest.raises(
+            SourceError, match=rf"train_{kind}\.npy is missing or damaged .*delete the folder and pack again"
+        ):
             RowsReader(copy)
     path.unlink()
     with pytest.raises(SourceError, match=rf"train_{kind}\.npy is missing or damaged"):
@@ -493,7 +510,7 @@ def test_truncated_arrays_are_refused(copy: Path, kind: str) -> None:
 def test_arrays_of_another_shape_or_type_are_refused(copy: Path, array: np.ndarray) -> None:
     """An array that is not what the manifest says is refused; pickled objects are never loaded."""
     np.save(copy / "train_ids.npy", array)
-    with pytest.raises(SourceError, match=r"train_ids\.npy is .*pack the rows again"):
+    with pytest.raises(SourceError, match=r"train_ids\.npy is .*delete the folder and pack again"):
         RowsReader(copy)
 
 
