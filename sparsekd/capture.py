@@ -85,7 +85,7 @@ def capture(
     teacher: str,
     out: str | Path,
     split: str = "train",
-    sampler: dict[str, Any] | None = None,
+    sampler: str | dict[str, Any] = "random_sampling",
     codec: str | None = None,
     seed: int = 0,
     batch_size: int = 8,
@@ -106,7 +106,7 @@ def capture(
     Args:
         rows: a folder of packed rows; `split` one of its splits.
         teacher: a local path or hub id of a causal language model.
-        sampler: {"name": ..., parameters}; default: random_sampling with 50 rounds.
+        sampler: a name of `SAMPLERS`, or {"name": ..., parameters}; random_sampling takes 50 rounds by default.
         codec: a name of `codec.CODECS`; default: the smallest lossless one that fits.
         seed: of the draws.
         batch_size, shard_rows: how rows pass the teacher; part of the cache's identity.
@@ -212,7 +212,7 @@ def _make_spec(
     reader: RowsReader,
     model: Any,
     teacher: str,
-    sampler: dict[str, Any] | None,
+    sampler: str | dict[str, Any],
     codec: str | None,
     seed: int,
     batch_size: int,
@@ -220,7 +220,7 @@ def _make_spec(
     limit_rows: int | None,
 ) -> CacheSpec:
     """Everything that the cache's bytes depend on, and what later stages compare."""
-    settings = dict(sampler or {"name": "random_sampling"})
+    settings = {"name": sampler} if isinstance(sampler, str) else dict(sampler)
     name = settings.pop("name", "random_sampling")
     check_parameters(name, settings)
     settings = _parameters(name) | settings

@@ -36,7 +36,7 @@ def evaluate(
     device: str | None = None,
     progress: Callable[[int, int], Any] | None = None,
 ) -> dict[str, Any]:
-    """Measure `model` on a split of packed rows; also written to `out/evaluation.json` (default: a local model's folder).
+    """Measure `model` on a split of packed rows; also written to `out/evaluation.json` (default: the model's folder).
 
     Only supervised tokens count. Means come with their standard error over rows.
 

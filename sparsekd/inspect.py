@@ -15,7 +15,7 @@ _BAR = 40
 def cache_stats(reader: CacheReader, sample_rows: int = 512) -> dict[str, Any]:
     """Numbers of a cache: exact totals from its manifest, the distribution of ids per token from evenly spread rows.
 
-    bytes_per_token counts whole shard files (input ids, targets, index); target_bytes_per_token the coded targets alone.
+    bytes_per_token counts whole shard files (input ids, targets, index), target_bytes_per_token the coded targets.
     """
     spec, totals = reader.spec, reader.stats
     rows = np.unique(np.linspace(0, len(reader) - 1, min(sample_rows, len(reader))).astype(int))

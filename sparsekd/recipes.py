@@ -80,7 +80,7 @@ def settings_text(verb: str) -> str:
 
 def _explain(verb: str, model: type[BaseModel], error: ValidationError) -> str:
     """The first problem as one sentence."""
-    first = error.errors()[0]
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")  # a typo explains a missing setting
     key = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or str(part).isidentifier())
     name = str(first["loc"][0])
     if first["type"] == "extra_forbidden":
@@ -88,7 +88,7 @@ def _explain(verb: str, model: type[BaseModel], error: ValidationError) -> str:
         hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(model.model_fields)}"
         return f"{verb} has no setting {name!r}{hint}"
     if first["type"] == "missing":
-        return f"{verb} needs {name}=...; see sparsekd {verb} --help"
+        return f"{verb} needs {name}=...; sparsekd {verb} --settings lists all"
     wanted = inspect.formatannotation(model.model_fields[name].annotation).replace("typing.", "")
     return f"{verb}: {key}={first['input']!r} is not a valid {name} ({wanted}): {first['msg'].lower()}"
 

@@ -93,6 +93,8 @@ def train(
         model = models.new_student(student, vocab_size=facts["logit_width"], seq_len=facts["seq_len"])
         text_tokenizer = _fit(model, student, tokenizer, data, facts)
         held_out = _open_eval(eval_rows, facts)
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if method == "cached":
             attach_sparse_kd(model, ce_weight=ce_weight)
         elif method == "full_kd":
@@ -105,7 +107,6 @@ def train(
             per_device_train_batch_size=batch_size,
             per_device_eval_batch_size=batch_size,
             gradient_accumulation_steps=grad_accum,
-            gradient_checkpointing=gradient_checkpointing,
             learning_rate=learning_rate,
             weight_decay=weight_decay,
             adam_beta1=adam_betas[0],
@@ -141,6 +142,8 @@ def train(
             data_collator=SparseKDCollator(with_targets=method == "cached"),
             callbacks=callbacks,
         )
+        if not progress:
+            trainer.remove_callback(transformers.PrinterCallback)
         if trainer.is_world_process_zero():
             _write_json(out / "recipe.json", recipe)
         started = time.perf_counter()

@@ -1,0 +1,222 @@
+"""The command line: thin verbs over the programs.
+
+    sparsekd VERB [-c recipe.yaml] [key=value ...]
+
+The same keys in YAML and on the command line. A user's error is one sentence and exit code 2, without a traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from sparsekd.errors import SparseKDError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Sparse offline knowledge distillation: run the teacher once, train any number of students from its cache.",
+)
+
+Recipe = Annotated[str | None, typer.Option("--config", "-c", metavar="FILE", help="A recipe in YAML.")]
+Settings = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="Settings; see --settings.")]
+ShowSettings = Annotated[bool, typer.Option("--settings", help="List the settings with their defaults, and stop.")]
+
+
+@app.command()
+def pack(config: Recipe = None, settings: Settings = None, show: ShowSettings = False) -> None:
+    """Documents -> rows: tokenise, shuffle, join and cut to seq_len; train and held-out splits."""
+    manifest = _run("pack", config, settings, show)
+    for name, split in manifest["splits"].items():
+        print(f"{name:>8}: {split['rows']:,} rows, {split['tokens']:,} tokens, {split['documents']:,} documents")
+
+
+@app.command()
+def capture(
+    config: Recipe = None,
+    settings: Settings = None,
+    show: ShowSettings = False,
+    shard_range: Annotated[str | None, typer.Option(metavar="a:b", help="Make only shards a .. b-1.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write although the disk looks too small.")] = False,
+) -> None:
+    """Rows -> cache: run the teacher once, draw sparse targets, write shards. Run again to resume."""
+    words = list(settings or [])
+    words += [f"shard_range={shard_range}"] if shard_range else []
+    words += ["force=true"] if force else []
+    with _bar("tok") as progress:
+        manifest = _run("capture", config, words, show, progress=_capture_progress(progress))
+    if manifest is None:
+        print("this worker's shards are made; others are still missing: the cache is complete when they are")
+    else:
+        stats, size = manifest["stats"], sum(shard["bytes"] for shard in manifest["shards"])
+        print(
+            f"{stats['tokens']:,} tokens, {stats['pairs'] / max(stats['positions'], 1):.1f} ids and "
+            f"{size / stats['tokens']:.1f} bytes per token in {len(manifest['shards'])} shards"
+        )
+
+
+@app.command()
+def inspect(
+    cache: Annotated[str, typer.Argument(help="A cache folder or URL.")],
+    row: Annotated[int | None, typer.Option(help="Show this row as text with its targets.")] = None,
+    positions: Annotated[int, typer.Option(help="How many positions of the row.")] = 24,
+) -> None:
+    """What is in a cache, in words and numbers; with --row, one row as text beside its targets."""
+    from sparsekd.inspect import describe_cache
+
+    print(describe_cache(cache, row, positions))
+
+
+@app.command()
+def verify(
+    cache: Annotated[str, typer.Argument(help="A cache folder or URL.")],
+    teacher: Annotated[str | None, typer.Option(help="Recompute rows with this teacher and compare.")] = None,
+    rows: Annotated[int, typer.Option(help="How many random rows to recompute.")] = 16,
+) -> None:
+    """Check every byte of a cache; with --teacher, draw random rows again and compare bit for bit."""
+    from sparsekd.cache import CacheReader
+    from sparsekd.cache import verify as verify_cache
+
+    with _bar("shard") as progress:
+        report = verify_cache(cache, progress=progress)
+    for problem in report.problems:
+        print(f"  {problem}")
+    if report.problems:
+        _fail(f"{cache}: {len(report.problems)} problems in {report.shards} shards; run the same capture to mend them")
+    print(f"{cache}: {report.shards} shards, {report.rows:,} rows, every checksum holds")
+    if teacher is not None:
+        from sparsekd.capture import recompute
+
+        _quiet_transformers()
+        with CacheReader(cache) as reader:
+            found = recompute(reader, teacher, rows)
+        if found["differing"] == 0:
+            print(f"{found['rows']} rows drawn again from {teacher}: identical bit for bit")
+        else:
+            print(
+                f"{found['rows']} rows drawn again from {teacher}: {found['identical']} identical; "
+                f"{found['differing'] / found['positions']:.2%} of positions differ, mean total variation "
+                f"{found['drift']:.2e} (other hardware or software moves the last bits of logits)"
+            )
+
+
+@app.command()
+def train(config: Recipe = None, settings: Settings = None, show: ShowSettings = False) -> None:
+    """Cache -> student: a stock transformers Trainer on the cache alone. Run again to resume."""
+    metrics = _run("train", config, settings, show)
+    print(
+        f"{metrics['method']}: {metrics['steps']:,} steps, {metrics['tokens']:,} tokens, "
+        f"train loss {metrics['train_loss']:.3f}, {metrics['tokens_per_second']:,.0f} tokens/s"
+    )
+
+
+@app.command()
+def evaluate(config: Recipe = None, settings: Settings = None, show: ShowSettings = False) -> None:
+    """Model + held-out rows -> evaluation.json: loss, bits per byte, calibration, speculative acceptance."""
+    with _bar("row") as progress:
+        result = _run("evaluate", config, settings, show, progress=progress)
+    for name in ("loss", "accuracy", "acceptance", "agreement", "teacher_kl"):
+        if name in result:
+            print(f"{name:>15}  {result[name]['mean']:.4f} ± {result[name]['standard_error']:.4f}")
+    for name in ("perplexity", "bits_per_byte", "ece"):
+        print(f"{name:>15}  {result[name]:.4f}")
+
+
+@app.command()
+def report(folder: Annotated[str, typer.Argument(help="A folder that `sparsekd demo` made.")] = "demo") -> None:
+    """A run's JSON files -> report.html, one self-contained page, and report.json."""
+    from sparsekd.report import report as write_report
+    from sparsekd.report import terminal_table
+
+    print(terminal_table(write_report(folder)))
+    print(f"wrote {folder}/report.html")
+
+
+@app.command()
+def demo(
+    out: Annotated[str, typer.Argument(help="Where everything goes.")] = "demo",
+    profile: Annotated[str, typer.Option(help="smoke, quick (about 4 CPU-minutes) or full (about 15).")] = "quick",
+) -> None:
+    """Everything on real text: tokenizer, teacher, caches, students of four methods, report.html."""
+    from sparsekd.demo import run_demo
+
+    run_demo(out, profile)
+
+
+def _run(verb: str, config: str | None, words: list[str] | None, show: bool, **more: Any) -> Any:
+    """Read the recipe and call the program."""
+    from sparsekd import recipes
+
+    if show:
+        print(f"settings of {verb} (name, type, default):\n{recipes.settings_text(verb)}")
+        raise typer.Exit
+    values = recipes.read_recipe(verb, config, words or [])
+    _quiet_transformers()
+    return recipes.stage(verb)(**values, **more)
+
+
+def _quiet_transformers() -> None:
+    """Keep the terminal for our own lines: a bar for each file that a library loads is noise."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+class _bar:
+    """A progress bar on stderr (a terminal only), opened by its first call: `progress(done, total)`."""
+
+    def __init__(self, unit: str) -> None:
+        self.unit = unit
+        self.bar: Any = None
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __call__(self, done: int, total: int, **postfix: str) -> None:
+        from tqdm import tqdm
+
+        if self.bar is None:
+            self.bar = tqdm(total=total, unit=self.unit, unit_scale=True, disable=None, dynamic_ncols=True)
+        if postfix:
+            self.bar.set_postfix(postfix, refresh=False)
+        self.bar.update(done - self.bar.n)
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def _capture_progress(bar: Any) -> Callable[[int, dict[str, Any]], None]:
+    def show(done: int, facts: dict[str, Any]) -> None:
+        bar(done, facts["total"], shard=str(facts["shard"]), bytes=f"{facts['bytes_per_token']:.1f}/tok")
+
+    return show
+
+
+def _fail(message: str) -> None:
+    print(f"sparsekd: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def main() -> None:
+    """The console script: our errors as one sentence and exit code 2, Ctrl-C as 130."""
+    try:
+        app(standalone_mode=False)
+    except SparseKDError as error:
+        _fail(str(error))
+    except (typer.Abort, KeyboardInterrupt):
+        print("\nsparsekd: interrupted; what is written is kept, run the same command to go on", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:  # `sparsekd inspect ... | head`
+        sys.stderr.close()
+    except Exception as error:
+        if type(error).__module__.startswith(("click", "typer")):  # a usage error of the command line itself
+            _fail(error.format_message() if hasattr(error, "format_message") else str(error))
+        raise
+
