@@ -72,9 +72,7 @@ class RowsReader:
             self.fingerprint = str(splits[split]["fingerprint"])
             self._rows = int(splits[split]["rows"])
         except (KeyError, TypeError, ValueError) as error:
-            raise SourceError(
-                f"{path}/manifest.json is damaged ({error!r}); delete the folder and pack again"
-            ) from error
+            raise SourceError(f"{path}/manifest.json is damaged ({error!r}); {_AGAIN}") from error
         bits = -(-self.seq_len // 8)
         self._ids = self._map("ids", self.seq_len, ("<u2", "<u4"))
         self._starts = self._map("starts", bits, ("|u1",))

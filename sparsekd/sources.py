@@ -6,7 +6,6 @@ import glob
 import hashlib
 import os
 import sysconfig
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,8 @@ def as_list(source: Any) -> list[Any]:
     """A list of the names in `source`, which is one name or several."""
     if isinstance(source, (str, Path)):
         return [source]
-    if isinstance(source, Iterable) and (items := list(source)):
-        return items
+    if isinstance(source, (list, tuple)) and source:  # no generators: packing reads the source more than once
+        return list(source)
     raise RecipeError(f"source={source!r} names nothing; give a path, a glob, a `datasets` id or a list of those")
 
 

@@ -273,6 +273,7 @@ def test_an_unknown_dataset_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyP
         ("builtin", {"field": "x", "prompt_field": "q", "response_field": "a"}, r"contradict each other"),
         ("", {}, r"source is empty"),
         ([], {}, r"source=\[\] names nothing"),
+        (iter(["builtin"]), {}, r"names nothing; give a path, a glob"),
     ],
 )
 def test_contradicting_settings_are_refused(source: Any, reading: dict[str, Any], words: str) -> None:
