@@ -18,6 +18,7 @@ from .order import permute
 
 Array = NDArray[Any]
 _SHIFTS = (0, 1, -1)
+_WEIGHT_MARGIN = 0.02
 # A slipped cache fits its neighbour 3 to 30 times better than the next token; an honest one with a weak teacher, whose
 # tied embeddings repeat the current token, was seen at 1.4 times. Neither is judged below a difference of 0.1.
 _CLEARLY, _AT_LEAST = 2.0, 0.1
@@ -43,6 +44,7 @@ def alignment(reader: _Reader, rows: Iterable[int]) -> dict[str, float]:
     """The share of supervised positions p whose set holds the token at p + 1, p + 2 and p, over some rows.
 
     Returns {"positions", "aligned", "shift_plus_1", "shift_minus_1"}; shares are 0 where there is nothing.
+    "aligned_weight" and so on are the mean weights of the same tokens.
     """
     return _shares(_counts(reader, rows))
 
@@ -77,36 +79,36 @@ def check_alignment(reader: _Reader, sample: int = 64) -> dict[str, float]:
 
 
 def _counts(reader: _Reader, rows: Iterable[int]) -> Array:
-    """[rows, shifts, 2] int64: positions whose shifted token is in their set, and positions that have one."""
-    counts = [[_hits(reader.record(row), shift) for shift in _SHIFTS] for row in rows]
-    return np.array(counts, np.int64).reshape(-1, len(_SHIFTS), 2)
+    """[rows, shifts, 3]: positions whose shifted token is in their set, those that have one, its weights."""
+    records = (reader.record(row) for row in rows)
+    counts = [[_hits(record, shift) for shift in _SHIFTS] for record in records]
+    return np.array(counts, np.float64).reshape(-1, len(_SHIFTS), 3)
 
 
-def _hits(record: _Record, shift: int) -> tuple[int, int]:
+def _hits(record: _Record, shift: int) -> tuple[int, int, float]:
     tokens = np.flatnonzero(record.supervised[1:]) + 1 + shift
     inside = (tokens >= 0) & (tokens < len(record.input_ids))
     wanted = np.where(inside, record.input_ids[tokens * inside].astype(np.int64), -1)
-    hits = record.targets.matches(wanted)
-    return len(np.unique(record.targets.positions[hits])), int(inside.sum())
+    targets = record.targets
+    hits = targets.matches(wanted)
+    weight = float(targets.weights[hits].sum(dtype=np.float64))
+    return len(np.unique(targets.positions[hits])), int(inside.sum()), weight
 
 
 def _shares(counts: Array) -> dict[str, float]:
-    hits, positions = counts[..., 0].sum(0), counts[..., 1].sum(0)
-    aligned, after, before = (hits / np.maximum(positions, 1)).tolist()
-    return {
-        "positions": int(positions[0]),
-        "aligned": aligned,
-        "shift_plus_1": after,
-        "shift_minus_1": before,
-    }
+    hits, positions, weights = np.moveaxis(counts.sum(0), -1, 0)
+    names = ("aligned", "shift_plus_1", "shift_minus_1")
+    shares = zip(names, (hits / np.maximum(positions, 1)).tolist(), strict=True)
+    means = zip(names, (weights / np.maximum(positions, 1)).tolist(), strict=True)
+    return {"positions": int(positions[0]), **dict(shares), **{f"{name}_weight": mean for name, mean in means}}
 
 
 def _standard_error(counts: Array, share: float, population: int) -> float:
-    """Of the aligned share: binomial, or from how rows differ where that is larger; [rows, 2] counts.
+    """Of the aligned share: binomial, or from how rows differ where that is larger; [rows, 3] counts.
 
     Positions of a row are alike (code beside prose), so the binomial error alone would refuse honest caches.
     """
-    hits, positions = counts.T
+    hits, positions = counts[:, :2].T
     total = int(positions.sum())
     binomial = share * (1 - share) / total
     spread = ((hits - share * positions) ** 2).sum() / max(1, len(counts) - 1) * len(counts) / total**2
