@@ -1,0 +1,303 @@
+"""Capture: what a cache holds, its refusals, and that no interruption or number of workers changes a byte."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SEQ_LEN, folder_bytes, write_corpus
+
+import sparsekd as skd
+from sparsekd import capture as capture_module
+from sparsekd import models
+from sparsekd.capture import capture, recompute
+from sparsekd.errors import MismatchError, ModelError, RecipeError, StorageError
+from sparsekd.packed import RowsReader
+
+SAMPLER = {"name": "random_sampling", "rounds": 20}
+
+
+def run(world, out, **settings):
+    defaults = {"rows": world.rows, "teacher": world.teacher, "out": out, "shard_rows": 40, "device": "cpu"}
+    return capture(**{**defaults, "sampler": SAMPLER, "threads": 1, **settings})
+
+
+def teacher_logits(world, row):
+    model = models.open_model(world.teacher, device="cpu")
+    with torch.no_grad():
+        return model(input_ids=torch.from_numpy(row.input_ids.astype(np.int64))[None]).logits[0]
+
+
+def test_a_cache_holds_the_rows_and_what_the_sampler_draws(world):
+    """Row by row: ids are the packed rows', targets are `sample` of the teacher's logits at (seed, row, position)."""
+    reader, rows = skd.CacheReader(world.cache), RowsReader(world.rows)
+    assert len(reader) == len(rows)
+    for index in (0, 1, len(rows) - 1):
+        row = reader[index]
+        assert np.array_equal(row.input_ids, rows[index].input_ids)
+        keys = {"rows": torch.full((SEQ_LEN - 1,), index), "positions": torch.arange(SEQ_LEN - 1)}
+        drawn = skd.sample(teacher_logits(world, row)[:-1], "random_sampling", rounds=20, **keys)
+        supervised = torch.from_numpy(row.supervised[1:].astype(np.float32))[:, None]
+        stored = skd.SparseTargets.of(row.targets).densify(300)
+        # The same logits from a batch of another shape differ in their last bits: at most a draw may move.
+        assert (stored - drawn.densify(300) * supervised).abs().sum() <= 0.2
+        assert torch.equal(stored.sum(-1, keepdim=True).round(decimals=5), supervised)
+
+
+def test_targets_are_aligned_with_the_next_token(world):
+    """Position p holds the distribution of token p + 1: the stored weight follows the teacher's probability of it."""
+    reader = skd.CacheReader(world.cache)
+    stored, expected = [], []
+    for index in range(20):
+        row = reader[index]
+        keep = row.supervised[1:]
+        dense = skd.SparseTargets.of(row.targets).densify(300).numpy()[keep]
+        nexts = row.input_ids[1:][keep].astype(np.int64)
+        stored.append(dense[np.arange(len(nexts)), nexts])
+        expected.append(teacher_logits(world, row).softmax(-1).numpy()[:-1][keep][np.arange(len(nexts)), nexts])
+    stored, expected = np.concatenate(stored), np.concatenate(expected)
+    error = np.sqrt((expected * (1 - expected) / 20).sum()) / len(expected)
+    assert abs(stored.mean() - expected.mean()) < 5 * error
+    assert np.corrcoef(stored, expected)[0, 1] > 0.9
+
+
+@pytest.mark.parametrize(
+    ("sampler", "codec"),
+    [
+        ({"name": "top_k", "k": 12}, None),
+        ({"name": "top_k", "k": 12}, "prob24"),
+        ({"name": "top_p", "p": 0.9, "k": 20}, None),
+        ({"name": "random_sampling", "rounds": 20}, "paper24"),
+        ({"name": "random_sampling", "rounds": 500}, None),
+        ({"name": "random_sampling", "rounds": 30, "temperature": 0.8}, None),
+        ("random_sampling", None),
+    ],
+)
+def test_every_sampler_can_be_cached(world, tmp_path, sampler, codec):
+    """What comes back is what was drawn, to the codec's stated precision; unsupervised positions hold nothing."""
+    run(world, tmp_path / "c", sampler=sampler, codec=codec, limit_rows=16)
+    reader = skd.CacheReader(tmp_path / "c")
+    row = reader[3]
+    settings = {"name": sampler} if isinstance(sampler, str) else dict(sampler)
+    keys = {"rows": torch.full((SEQ_LEN - 1,), 3), "positions": torch.arange(SEQ_LEN - 1)}
+    drawn = skd.sample(teacher_logits(world, row)[:-1], settings.pop("name"), **keys, **settings).densify(300)
+    stored = skd.SparseTargets.of(row.targets).densify(300)
+    tolerance = {None: 1e-3, "prob24": 0.08, "paper24": 1e-6}[codec]
+    difference = (stored - drawn)[torch.from_numpy(row.supervised[1:])].abs()
+    assert (difference <= tolerance * drawn[torch.from_numpy(row.supervised[1:])] + 1e-5).float().mean() > 0.995
+    unbiased = sampler == "random_sampling" or ("rounds" in sampler and "temperature" not in sampler)
+    assert reader.spec.sampler["unbiased"] is unbiased
+
+
+def test_prompts_cost_nothing(world, tmp_path):
+    """Only supervised positions are sampled and stored: prompt tokens leave no pairs."""
+    from sparsekd.rows import pack
+
+    with (tmp_path / "sft.jsonl").open("w") as file:
+        for index in range(40):
+            file.write(json.dumps({"prompt": f"The cat sees the dog {index}", "response": " and counts 1 2 3."}) + "\n")
+    pack(
+        source=str(tmp_path / "sft.jsonl"),
+        tokenizer=world.rows + "/tokenizer",
+        seq_len=SEQ_LEN,
+        heldout=0.1,
+        out=tmp_path / "rows",
+        progress=False,
+    )
+    run(world, tmp_path / "c", rows=tmp_path / "rows")
+    with skd.CacheReader(tmp_path / "c") as reader:
+        supervised = sum(int(reader[i].supervised[1:].sum()) for i in range(len(reader)))
+        assert reader.stats["positions"] == supervised < 0.7 * reader.stats["tokens"]
+        for i in range(len(reader)):
+            row = reader[i]
+            assert (row.targets.weights[~row.supervised[1:]] == 0).all()
+
+
+def test_recompute_is_bit_identical_and_refuses_another_teacher(world, tmp_path):
+    """Random rows drawn again from the teacher equal the cache bit for bit; other weights are refused by hash."""
+    with skd.CacheReader(world.cache) as reader:
+        found = recompute(reader, world.teacher, rows=7, device="cpu")
+        assert found["identical"] == found["rows"] == 7
+        assert found["differing"] == 0
+        model = models.open_model(world.teacher, device="cpu")
+        with torch.no_grad():
+            next(model.parameters())[0, 0] += 1e-3
+        model.save_pretrained(tmp_path / "other")
+        with pytest.raises(MismatchError, match="teacher differs: the cache was captured from"):
+            recompute(reader, str(tmp_path / "other"), rows=1, device="cpu")
+
+
+def test_changing_a_drawn_target_shows_as_drift(world, monkeypatch):
+    """recompute can fail: with another seed of the draws nearly all positions differ."""
+    real = capture_module.sample
+    monkeypatch.setattr(capture_module, "sample", lambda *a, **settings: real(*a, **settings | {"seed": 1}))
+    with skd.CacheReader(world.cache) as reader:
+        found = recompute(reader, world.teacher, rows=3, device="cpu")
+    assert found["identical"] == 0
+    assert found["drift"] > 0.05
+
+
+def test_batches_never_materialise_all_logits(world, monkeypatch):
+    """The head is applied to `head_chunk` positions at a time, whatever the batch."""
+    monkeypatch.setitem(capture_module.HEAD_BYTES, "cpu", 4 * 300 * 5)
+    seen = []
+    original = models.Head.logits
+    monkeypatch.setattr(models.Head, "logits", lambda self, hidden: seen.append(len(hidden)) or original(self, hidden))
+    reader = RowsReader(world.rows)
+    model = models.open_model(world.teacher, device="cpu")
+    spec = capture_module._make_spec(reader, model, world.teacher, SAMPLER, None, 0, 8, 40, 8)
+    source = capture_module.Teacher(model=model, head=models.head_of(model), spec=spec)
+    batch = reader.batch(range(8))
+    seen.clear()
+    source.draw(batch.input_ids, batch.supervised, 0)
+    assert max(seen) == 5
+    assert sum(seen) == batch.supervised[:, 1:].sum()
+
+
+def test_shard_ranges_and_ranks_share_the_work(world, tmp_path, monkeypatch):
+    """Independent --shard-range jobs and ranks of a torchrun each make their part; together, the same bytes."""
+    want = folder_bytes(world.cache)
+    assert run(world, tmp_path / "ranges", shard_range="0:2") is None
+    assert len(list((tmp_path / "ranges").glob("shard-*"))) == 2
+    assert run(world, tmp_path / "ranges", shard_range="2:") is not None
+    assert folder_bytes(tmp_path / "ranges") == want
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank in (2, 0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        manifest = run(world, tmp_path / "ranks")
+    assert manifest is not None
+    assert folder_bytes(tmp_path / "ranks") == want
+
+
+_TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+def test_torchrun_makes_the_same_bytes(world, tmp_path):
+    """Two real processes under torchrun write the cache that one process writes."""
+    words = ["capture", f"rows={world.rows}", f"teacher={world.teacher}", f"out={tmp_path / 'c'}", "shard_rows=40"]
+    words += ["sampler=random_sampling", "sampler.rounds=20", "device=cpu", "threads=1"]
+    subprocess.run([*_TORCHRUN, "-m", "sparsekd", *words], check=True, capture_output=True, timeout=300)
+    assert folder_bytes(tmp_path / "c") == folder_bytes(world.cache)
+
+
+def test_killed_at_random_moments_and_resumed_byte_identical(world, tmp_path):
+    """20 captures, of 1, 2 and 3 workers, killed with SIGKILL at random moments, resume to the same bytes."""
+    harness = Path(__file__).parent / "kill_harness.py"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, str(harness), world.rows, world.teacher, str(tmp_path), "20"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert report["identical"] == 20
+    assert report["killed_midway"] >= 5  # else the moments were badly chosen and nothing was shown
+
+
+def test_resuming_with_other_settings_names_both_values(world, tmp_path):
+    """A folder with shards of one spec refuses a capture of another."""
+    shutil.copytree(world.cache, tmp_path / "c")
+    with pytest.raises(MismatchError, match=r"sampler\.seed.*\b0\b.*\b1\b"):
+        run(world, tmp_path / "c", seed=1)
+
+
+def test_repacked_rows_are_refused(world, tmp_path):
+    """Rows packed otherwise do not go into an existing cache: both seq_len are named."""
+    from sparsekd.rows import pack
+
+    pack(
+        source=world.corpus,
+        tokenizer=world.rows + "/tokenizer",
+        seq_len=2 * SEQ_LEN,
+        heldout=0.1,
+        out=tmp_path / "rows",
+        progress=False,
+    )
+    shutil.copytree(world.cache, tmp_path / "c")
+    with pytest.raises(MismatchError, match=r"seq_len.*32.*64|context of 64|rows.*"):
+        run(world, tmp_path / "c", rows=tmp_path / "rows")
+
+
+def test_a_teacher_that_does_not_fit_is_refused(world, tmp_path):
+    """Too few logits, another tokenizer, a short context, no model at all: named with both values, before any row."""
+    torch.manual_seed(0)
+    models.new_student("tiny", vocab_size=200, seq_len=SEQ_LEN).save_pretrained(tmp_path / "narrow")
+    with pytest.raises(MismatchError, match="tokenizer has 300 tokens, teacher .* makes 200 logits"):
+        run(world, tmp_path / "c", teacher=str(tmp_path / "narrow"))
+    short = models.new_student({"family": "tiny", "max_position_embeddings": 16}, vocab_size=300, seq_len=16)
+    short.save_pretrained(tmp_path / "short")
+    with pytest.raises(MismatchError, match="seq_len=32 is beyond the teacher's context of 16"):
+        run(world, tmp_path / "c", teacher=str(tmp_path / "short"))
+    from sparsekd.vocab import train_tokenizer
+
+    shutil.copytree(world.teacher, tmp_path / "foreign")
+    train_tokenizer(["Quick zebras jump over vexing walls. " * 50], 300).save_pretrained(tmp_path / "foreign")
+    with pytest.raises(MismatchError, match="tokenizer differs: the rows were made with .* comes with"):
+        run(world, tmp_path / "c", teacher=str(tmp_path / "foreign"))
+    with pytest.raises(ModelError, match="the folder does not exist"):
+        run(world, tmp_path / "c", teacher=str(tmp_path / "nowhere"))
+
+
+def test_a_disk_too_small_is_refused_before_the_work(world, tmp_path, monkeypatch):
+    """The preflight multiplies measured bytes by what is to come; force goes on."""
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(StorageError, match=r"need about .* GB .* 0\.00 GB free; .*--force"):
+        run(world, tmp_path / "c")
+    assert not list((tmp_path / "c").glob("shard-*"))
+    assert run(world, tmp_path / "c", force=True) is not None
+
+
+def test_a_disk_that_fills_up_keeps_what_is_written(world, tmp_path, monkeypatch):
+    """ENOSPC in the writer thread fails the run by name; finished shards stay, and the capture resumes."""
+    from sparsekd import cache as cache_module
+
+    real, calls = cache_module.write_shard, []
+
+    def failing(path, *rest):
+        calls.append(path)
+        if len(calls) == 3:
+            raise StorageError(f"{path}: the disk is full")
+        return real(path, *rest)
+
+    monkeypatch.setattr(cache_module, "write_shard", failing)
+    with pytest.raises(StorageError, match="the disk is full"):
+        run(world, tmp_path / "c")
+    assert len(list((tmp_path / "c").glob("shard-*"))) == 2
+    monkeypatch.setattr(cache_module, "write_shard", real)
+    assert run(world, tmp_path / "c") is not None
+    assert folder_bytes(tmp_path / "c") == folder_bytes(world.cache)
+
+
+@pytest.mark.parametrize("text", ["3:1", "x:y", "5", "0:99", "-1:2"])
+def test_a_bad_shard_range_says_how_many_there_are(world, tmp_path, text):
+    with pytest.raises(RecipeError, match=r"is not a:b with 0 <= a < b <= \d+ \(the cache has"):
+        run(world, tmp_path / "c", shard_range=text)
+
+
+def test_a_corpus_growing_changes_the_fingerprint(world, tmp_path):
+    """The manifest's data fingerprint is the rows': another corpus gives another one."""
+    from sparsekd.rows import pack
+
+    corpus = write_corpus(tmp_path / "other.jsonl", seed=1)
+    manifest = pack(
+        source=corpus,
+        tokenizer=world.rows + "/tokenizer",
+        seq_len=SEQ_LEN,
+        heldout=0.1,
+        out=tmp_path / "rows",
+        progress=False,
+    )
+    with skd.CacheReader(world.cache) as reader:
+        assert reader.spec.data["fingerprint"] == RowsReader(world.rows).fingerprint
+        assert reader.spec.data["fingerprint"] != manifest["splits"]["train"]["fingerprint"]
