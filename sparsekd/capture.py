@@ -460,7 +460,7 @@ def _share(shards: list[int]) -> list[int]:
 
 
 def _parse_range(text: str | None, shards: int) -> range:
-    """"a:b" as shards a .. b-1."""
+    """ "a:b" as shards a .. b-1."""
     if text is None:
         return range(shards)
     first, separator, last = text.partition(":")

@@ -111,7 +111,7 @@ def train(config: Recipe = None, settings: Settings = None, show: ShowSettings =
     metrics = _run("train", config, settings, show)
     print(
         f"{metrics['method']}: {metrics['steps']:,} steps, {metrics['tokens']:,} tokens, "
-        f"train loss {metrics['train_loss']:.3f}, {metrics['tokens_per_second']:,.0f} tokens/s"
+        f"train loss {metrics['train_loss']:.3f}, {metrics['tokens_per_second'] or 0:,.0f} tokens/s"
     )
 
 
@@ -219,4 +219,3 @@ def main() -> None:
         if type(error).__module__.startswith(("click", "typer")):  # a usage error of the command line itself
             _fail(error.format_message() if hasattr(error, "format_message") else str(error))
         raise
-

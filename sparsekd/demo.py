@@ -47,7 +47,7 @@ class Profile:
     student_steps: int
     batch_size: int = 16
     limit_tokens: int | None = None
-    heldout: float = 0.03
+    heldout: float = 0.05
     eval_rows: int = 160
     seeds: tuple[int, ...] = (0, 1, 2)
     teacher_lr: float = 3e-3
@@ -71,10 +71,10 @@ PROFILES = {
         vocab_size=1024,
         seq_len=128,
         teacher={"family": "mini"},
-        teacher_steps=600,
+        teacher_steps=450,
         student={"family": "tiny"},
-        student_rows=2400,
-        student_steps=300,
+        student_rows=1440,
+        student_steps=180,
         limit_tokens=2_000_000,
     ),
     "full": Profile(
@@ -83,8 +83,8 @@ PROFILES = {
         teacher={"family": "small"},
         teacher_steps=1000,
         student={"family": "tiny", "hidden_size": 96, "num_attention_heads": 3, "intermediate_size": 256},
-        student_rows=4800,
-        student_steps=600,
+        student_rows=4000,
+        student_steps=500,
         limit_tokens=None,
         eval_rows=256,
     ),
@@ -206,9 +206,7 @@ def _capture(folder: Path, settings: Profile, name: str, kind: dict[str, Any]) -
         _write(path / "stats.json", cache_stats(reader))
 
 
-def _train_students(
-    folder: Path, settings: Profile, jobs: list[tuple[str, int]], say: Callable[[str], None]
-) -> None:
+def _train_students(folder: Path, settings: Profile, jobs: list[tuple[str, int]], say: Callable[[str], None]) -> None:
     """Students side by side, one thread each: so small a model gains nothing from a second one."""
     todo = [job for job in jobs if not (_student(folder, *job) / "metrics.json").exists()]
     workers = max(1, min(os.cpu_count() or 1, len(todo)))
@@ -248,6 +246,7 @@ def train_student(folder: str, settings: Profile, name: str, seed: int) -> dict[
         learning_rate=settings.student_lr,
         log_steps=max(1, settings.student_steps // 30),
         eval_steps=max(1, settings.student_steps // 6),
+        eval_limit=64,
         save_steps=max(1, settings.student_steps // 2),
         keep_checkpoints=1,
         device="cpu",

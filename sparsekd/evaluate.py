@@ -107,6 +107,7 @@ def unique_ids(
 
 def _open(path: str, reader: RowsReader, dtype: str, device: str | None, whose: str) -> Any:
     model = models.open_model(path, dtype=dtype, device=device)
+    models.check_rebuilt(model)
     models.check_context(model, reader.seq_len, whose)
     models.check_own_tokenizer(path, reader.tokenizer_hash, whose, "evaluate on rows packed with its tokenizer")
     size = reader.manifest["tokenizer"]["vocab_size"]
@@ -126,17 +127,17 @@ def _chunks(model: Any, teacher: Any, batch: Any) -> Iterator[tuple[Tensor, Tens
     rows, positions = torch.from_numpy(batch.supervised[:, 1:]).to(device).nonzero(as_tuple=True)
     labels = ids[rows, positions + 1]
     numbers = torch.from_numpy(np.asarray(batch.indices)).to(device)[rows]
-    hidden = [None if m is None else _hidden(m, ids)[rows, positions] for m in (model, teacher)]
-    heads = [None if m is None else models.head_of(m) for m in (model, teacher)]
+    own = _hidden(model, ids)[rows, positions]
+    other = own if teacher is None else _hidden(teacher, ids)[rows, positions]
     step = max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (4 * models.logit_width(model)))
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
-        logits = [None if h is None else head.logits(h[part]) for h, head in zip(hidden, heads, strict=True)]
-        yield logits[0], logits[1], labels[part], numbers[part]
+        logits_CV = models.head_of(model).logits(own[part])
+        teacher_CV = None if teacher is None else models.head_of(teacher).logits(other[part])
+        yield logits_CV, teacher_CV, labels[part], numbers[part]
 
 
 def _hidden(model: Any, ids: Tensor) -> Tensor:
-    models.check_rebuilt(model)
     return models.body_of(model)(input_ids=ids, use_cache=False).last_hidden_state
 
 

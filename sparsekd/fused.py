@@ -63,15 +63,11 @@ def fused_linear_sparse_kl(
         (others: as in `sparse_kl`)
     """
     if reduction not in ("mean", "sum"):
-        raise ValueError(
-            f"reduction={reduction!r} is not one of mean, sum; sparse_kl on logits offers 'none'"
-        )
+        raise ValueError(f"reduction={reduction!r} is not one of mean, sum; sparse_kl on logits offers 'none'")
     positions = hidden.shape[:-1]
     targets = SparseTargets.of(targets).to(hidden.device)
     if targets.ids.shape[:-1] != positions:
-        raise ValueError(
-            f"hidden {tuple(hidden.shape)} and targets {tuple(targets.ids.shape)} differ in positions"
-        )
+        raise ValueError(f"hidden {tuple(hidden.shape)} and targets {tuple(targets.ids.shape)} differ in positions")
     keep = kept_positions(positions, labels, ignore_index, hidden.device)
     flat_labels = safe_labels(labels, keep).flatten() if ce_weight else None
     if num_items_in_batch is not None:
@@ -79,7 +75,7 @@ def fused_linear_sparse_kl(
     else:
         items = keep.sum().clamp(min=1) if reduction == "mean" else torch.ones((), device=hidden.device)
     flat = targets.flatten()
-    loss: Tensor = _FusedLoss.apply(  # type: ignore[no-untyped-call]
+    loss: Tensor = _FusedLoss.apply(
         hidden.flatten(0, -2),
         head_VH,
         bias,
@@ -140,9 +136,7 @@ class _FusedLoss(torch.autograd.Function):
                     if form.scale != 1:
                         logits_CV *= form.scale
                     _accumulate(logits_CV, hidden_CH, head, part, grad_hidden, grad_head, grad_bias)
-        grads = [
-            None if g is None else g.to(x.dtype) for g, x in ((grad_hidden, hidden_NH), (grad_head, head_VH))
-        ]
+        grads = [None if g is None else g.to(x.dtype) for g, x in ((grad_hidden, hidden_NH), (grad_head, head_VH))]
         ctx.gradients = [*grads, None if grad_bias is None or bias is None else grad_bias.to(bias.dtype)]
         return loss / items
 
@@ -163,9 +157,7 @@ def _default_rows(head_VH: Tensor) -> int:
     return max(128, budget // (4 * len(head_VH)))
 
 
-def _head_logits(
-    hidden_CH: Tensor, head_VH: Tensor, bias: Tensor | None, form: HeadForm, out: Tensor
-) -> Tensor:
+def _head_logits(hidden_CH: Tensor, head_VH: Tensor, bias: Tensor | None, form: HeadForm, out: Tensor) -> Tensor:
     """[C, V] logits in `out` (float32 or float64)."""
     if out.dtype == head_VH.dtype:
         torch.mm(hidden_CH, head_VH.T, out=out)

@@ -114,7 +114,7 @@ def _row_as_text(path: str, reader: CacheReader, row: int, positions: int) -> st
     record = reader[row]
     show = _decoder(path)
     lines = [
-        f"row {record.index} of {len(reader)}: {show(record.input_ids[:positions + 1])}",
+        f"row {record.index} of {len(reader)}: {show(record.input_ids[: positions + 1])}",
         "",
         f"{'position':>8}  {'token':<16} {'next':<16} teacher's targets (* = the next token)",
     ]

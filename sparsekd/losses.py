@@ -121,9 +121,7 @@ def full_kl(
     losses = (log_t.exp() * (log_t - log_p)).sum(-1) * temperature**2
     keep = kept_positions(losses.shape, labels, ignore_index, losses.device)
     if mix.ce_weight:
-        token_losses = (
-            -logits.to(dtype).log_softmax(-1).gather(-1, safe_labels(labels, keep)[..., None])[..., 0]
-        )
+        token_losses = -logits.to(dtype).log_softmax(-1).gather(-1, safe_labels(labels, keep)[..., None])[..., 0]
         losses = torch.lerp(losses, token_losses, mix.ce_weight)
     return reduce(losses * keep, keep, reduction, num_items_in_batch)
 
@@ -145,7 +143,7 @@ def _sparse_loss(
     keep = kept_positions(logits.shape[:-1], labels, ignore_index, logits.device)
     flat_labels = safe_labels(labels, keep).flatten() if mix.ce_weight else None
     flat = targets.flatten()
-    losses: Tensor = _SparseLoss.apply(logits.flatten(0, -2), flat.ids, flat.weights, flat_labels, mix)  # type: ignore[no-untyped-call]
+    losses: Tensor = _SparseLoss.apply(logits.flatten(0, -2), flat.ids, flat.weights, flat_labels, mix)
     return reduce(losses.view(keep.shape) * keep, keep, reduction, num_items_in_batch)
 
 
@@ -153,9 +151,7 @@ class _SparseLoss(torch.autograd.Function):
     """Losses per row [N]; saves the logits it was given and makes the gradient in one [N, V] buffer."""
 
     @staticmethod
-    def forward(
-        ctx: Any, logits_NV: Tensor, ids: Tensor, weights: Tensor, labels: Tensor | None, mix: Mix
-    ) -> Tensor:
+    def forward(ctx: Any, logits_NV: Tensor, ids: Tensor, weights: Tensor, labels: Tensor | None, mix: Mix) -> Tensor:
         ctx.save_for_backward(logits_NV, ids, weights, *(() if labels is None else (labels,)))
         ctx.mix = mix
         dtype = torch.promote_types(logits_NV.dtype, torch.float32)
@@ -234,9 +230,7 @@ def _two_softmaxes_(
     """α CE at temperature 1 plus (1-α) KD at T: the two parts by themselves, added."""
     alpha = mix.ce_weight
     hard = logits_CV.clone()
-    scales = (
-        (None, None) if gradient_scale is None else (alpha * gradient_scale, (1 - alpha) * gradient_scale)
-    )
+    scales = (None, None) if gradient_scale is None else (alpha * gradient_scale, (1 - alpha) * gradient_scale)
     none = SparseTargets(ids=targets.ids[:, :0], weights=targets.weights[:, :0])
     losses = alpha * losses_(hard, none, labels, Mix(ce_weight=1.0), scales[0])
     soft = Mix(temperature=mix.temperature, entropy=mix.entropy)
@@ -245,9 +239,7 @@ def _two_softmaxes_(
     return losses
 
 
-def kept_positions(
-    shape: torch.Size, labels: Tensor | None, ignore_index: int, device: torch.device
-) -> Tensor:
+def kept_positions(shape: torch.Size, labels: Tensor | None, ignore_index: int, device: torch.device) -> Tensor:
     """[...] bool: the positions that count."""
     if labels is None:
         return torch.ones(shape, dtype=torch.bool, device=device)

@@ -67,7 +67,7 @@ class Head:
 
 
 def default_device() -> str:
-    """"cuda" (the local rank's, under torchrun) when there is one, else "cpu"."""
+    """ "cuda" (the local rank's, under torchrun) when there is one, else "cpu"."""
     if not torch.cuda.is_available():
         return "cpu"
     import os

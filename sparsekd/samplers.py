@@ -22,7 +22,7 @@ from sparsekd.targets import SparseTargets
 # 64 ids a block: the cost per position is V / B block sums plus R * B gathered entries, least near B = sqrt(V / R),
 # which is 50 at V = 128k and R = 50 (benchmarks/samplers.py).
 BLOCK = 64
-# A CPU's buffers stay small enough to be reused from the heap: fresh pages cost more than the arithmetic (3x at 64 MiB).
+# A CPU's buffers stay small enough to be reused from the heap: fresh pages cost more than the arithmetic.
 CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
 # Stands in for -inf, whose product with a temperature of 0 would be NaN; exp of it is 0 in every float.
 _LOWEST = -1e4

@@ -113,24 +113,28 @@ class CacheDataset(torch.utils.data.Dataset):
     """A cache (or rows) as a map-style dataset in a stateless shuffled order.
 
     Item i of an epoch is row `permute(i, len, seed, epoch)`: the order hangs on (seed, epoch) alone, so the state of a
-    run is one integer. Use it with a sequential sampler; `set_epoch` is called by Trainer and accelerate.
+    run is one integer. Use it with a sequential sampler; `set_epoch` is called by Trainer and accelerate. `limit` keeps
+    the first rows only.
     """
 
-    def __init__(self, rows: CacheReader | Any, *, seed: int = 0, shuffle: bool = True) -> None:
+    def __init__(
+        self, rows: CacheReader | Any, *, seed: int = 0, shuffle: bool = True, limit: int | None = None
+    ) -> None:
         self.rows = rows
         self.seed = seed
         self.shuffle = shuffle
+        self.size = len(rows) if limit is None else min(limit, len(rows))
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return self.size
 
     def row_number(self, index: int) -> int:
         """Which row of the cache item `index` of this epoch is."""
-        return int(permute(index, len(self.rows), self.seed, self.epoch)) if self.shuffle else index
+        return int(permute(index, self.size, self.seed, self.epoch)) if self.shuffle else index
 
     def __getitem__(self, index: int) -> Any:
         return self.rows[self.row_number(index)]

@@ -38,9 +38,7 @@ class SparseTargets:
         """Anything with `.ids` and `.weights` (a cached row's numpy targets, for one) as tensors."""
         if isinstance(targets, cls):
             return targets
-        return cls(
-            ids=torch.as_tensor(targets.ids).long(), weights=torch.as_tensor(targets.weights).float()
-        )
+        return cls(ids=torch.as_tensor(targets.ids).long(), weights=torch.as_tensor(targets.weights).float())
 
     def densify(self, vocab_size: int) -> Tensor:
         """[..., V] float: the dense targets. For tests and toys: a cache's targets never need it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,16 @@ from sparsekd.student import CacheDataset, SparseKDCollator, attach_full_kd, att
 METHODS = ("ce", "cached", "full_kd")
 SCHEDULES = ("cosine", "constant")
 # Settings that may change between the parts of one run.
-_FREE = {"out", "log_steps", "save_steps", "keep_checkpoints", "report_to", "run_name", "dataloader_workers"}
+_FREE = {
+    "out",
+    "log_steps",
+    "save_steps",
+    "keep_checkpoints",
+    "report_to",
+    "run_name",
+    "dataloader_workers",
+    "eval_limit",
+}
 
 
 def train(
@@ -53,6 +63,7 @@ def train(
     dataloader_workers: int = 0,
     log_steps: int = 10,
     eval_steps: int = 0,
+    eval_limit: int | None = None,
     save_steps: int = 500,
     keep_checkpoints: int = 2,
     report_to: str | list[str] = "none",
@@ -70,7 +81,7 @@ def train(
         cache: the training set (rows and targets); `rows`: plain rows, for "ce" and "full_kd" without a cache.
         method: "cached" learns what the cache holds, "ce" the next token, "full_kd" an online `teacher`.
         tokenizer: the student's, when its checkpoint brings none (default: the cache's own).
-        eval_rows: packed rows whose held-out split is evaluated every `eval_steps`.
+        eval_rows: packed rows whose held-out split (its first `eval_limit` rows) is evaluated every `eval_steps`.
         seed: of the student's initial weights and of the order of rows.
         ce_weight: α of α CE + (1-α) KD (paper, section 5.3).
         dtype: "float32", or "bfloat16" for mixed precision.
@@ -138,17 +149,16 @@ def train(
             model=model,
             args=arguments,
             train_dataset=CacheDataset(data, seed=seed),
-            eval_dataset=None if held_out is None else CacheDataset(held_out, shuffle=False),
+            eval_dataset=None if held_out is None else CacheDataset(held_out, shuffle=False, limit=eval_limit),
             data_collator=SparseKDCollator(with_targets=method == "cached"),
-            callbacks=callbacks,
+            callbacks=[clock := _step_clock(), *(callbacks or [])],
         )
         if not progress:
             trainer.remove_callback(transformers.PrinterCallback)
         if trainer.is_world_process_zero():
             _write_json(out / "recipe.json", recipe)
-        started = time.perf_counter()
         result = trainer.train(resume_from_checkpoint=_last_checkpoint(out))
-        return _finish(trainer, result, out, method, seed, time.perf_counter() - started, facts, text_tokenizer)
+        return _finish(trainer, result, out, method, seed, clock.seconds, facts, text_tokenizer)
     finally:
         if isinstance(data, CacheReader):
             data.close()
@@ -278,27 +288,46 @@ def _finished(out: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
     return json.loads(done.read_text()) if done.exists() else None
 
 
+def _step_clock() -> Any:
+    """A callback that times every optimizer step by itself: evaluation and checkpoints are not training speed."""
+    from transformers import TrainerCallback
+
+    class StepClock(TrainerCallback):
+        def __init__(self) -> None:
+            self.seconds: list[float] = []
+            self.started = 0.0
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.seconds.append(time.perf_counter() - self.started)
+
+    return StepClock()
+
+
 def _finish(
     trainer: Any,
     result: Any,
     out: Path,
     method: str,
     seed: int,
-    seconds: float,
+    seconds: list[float],
     facts: dict[str, Any],
     tokenizer: Any,
 ) -> dict[str, Any]:
     """Save the student, its tokenizer and the metrics; metrics.json is written last: it marks the run as complete."""
     state = trainer.state
     per_step = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * _world()
-    tokens = state.global_step * per_step * facts["seq_len"]
+    tokens_per_step = per_step * facts["seq_len"]
     metrics = {
         "method": method,
         "seed": seed,
         "steps": state.global_step,
-        "tokens": tokens,
-        "seconds": seconds,
-        "tokens_per_second": tokens / seconds,
+        "tokens": state.global_step * tokens_per_step,
+        "seconds": sum(seconds),
+        # By the median step: a busy machine's stalls say nothing about the method.
+        "tokens_per_second": tokens_per_step / statistics.median(seconds) if seconds else None,
         "train_loss": result.training_loss,
         "fingerprint": facts["fingerprint"],
         "tokenizer": facts["tokenizer"],

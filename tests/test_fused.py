@@ -157,8 +157,6 @@ print(peak() - before)
 def test_peak_memory_is_chunk_by_vocabulary():
     """Beyond dW and dh the peak grows by about chunk * V * 4 bytes, an eighth of [N, V] here."""
     rows, chunk_bytes = 256, 256 * 32768 * 4
-    out = subprocess.run(
-        [sys.executable, "-c", _MEMORY, str(rows)], capture_output=True, text=True, check=True
-    ).stdout
+    out = subprocess.run([sys.executable, "-c", _MEMORY, str(rows)], capture_output=True, text=True, check=True).stdout
     dense_bytes = 2048 * 32768 * 4
     assert int(out) < 2.5 * chunk_bytes < 0.4 * dense_bytes

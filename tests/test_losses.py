@@ -50,9 +50,7 @@ def test_gradient_is_that_of_the_dense_formula(loss, option, mass):
     function, entropy = LOSSES[loss]
     logits, targets, labels = example(mass=mass)
     got = value_and_gradient(function, logits, targets, labels=labels, reduction="none", **OPTIONS[option])
-    want = value_and_gradient(
-        oracles.dense_loss, logits, targets, labels=labels, entropy=entropy, **OPTIONS[option]
-    )
+    want = value_and_gradient(oracles.dense_loss, logits, targets, labels=labels, entropy=entropy, **OPTIONS[option])
     torch.testing.assert_close(got[0], want[0], atol=1e-10, rtol=0)
     torch.testing.assert_close(got[1], want[1], atol=1e-10, rtol=0)
 
@@ -64,9 +62,7 @@ def test_low_precision_errs_no_more_than_the_dense_twin(dtype, option):
     logits, targets, labels = example(dtype)
     truth = value_and_gradient(oracles.dense_loss, logits.double(), targets, labels=labels, **OPTIONS[option])
     plain = value_and_gradient(oracles.dense_loss, logits, targets, labels=labels, **OPTIONS[option])
-    ours = value_and_gradient(
-        skd.sparse_kl, logits, targets, labels=labels, reduction="none", **OPTIONS[option]
-    )
+    ours = value_and_gradient(skd.sparse_kl, logits, targets, labels=labels, reduction="none", **OPTIONS[option])
     for index in (0, 1):
         scale = truth[index].abs().max()
         slack = 4 * torch.finfo(dtype if index else torch.float32).eps * scale

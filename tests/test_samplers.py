@@ -66,15 +66,11 @@ def test_unbiased(variant, vocab_size, dtype, peaked):
         keys = torch.arange(start, min(start + 256, positions))
         targets = skd.sample(logits.expand(len(keys), -1), sampler, seed=7, positions=keys, **parameters)
         sums.append(
-            torch.zeros(len(keys), GROUPS)
-            .double()
-            .scatter_add_(1, group[targets.ids], targets.weights.double())
+            torch.zeros(len(keys), GROUPS).double().scatter_add_(1, group[targets.ids], targets.weights.double())
         )
     estimates = torch.cat(sums)
     truth = torch.zeros(GROUPS).double().scatter_add_(0, group, p)
-    judged = (
-        truth * parameters["rounds"] * positions >= 20
-    )  # rarer groups are Poisson: 5 sigma says nothing there
+    judged = truth * parameters["rounds"] * positions >= 20  # rarer groups are Poisson: 5 sigma says nothing there
     assert truth[judged].sum() > 0.6
     error = estimates.std(0) / math.sqrt(positions)
     assert ((estimates.mean(0) - truth).abs() <= 5 * error)[judged].all()
@@ -83,9 +79,7 @@ def test_unbiased(variant, vocab_size, dtype, peaked):
 def test_uniform_proposal_is_unbiased():
     """q uniform (t = 0) is unbiased too, only noisy: shown on 30 ids, where 20,000 positions suffice."""
     logits = torch.randn(30, generator=torch.Generator().manual_seed(0))
-    targets = skd.sample(
-        logits.expand(20000, -1), "random_sampling", rounds=5, temperature=0.0, normalize=False
-    )
+    targets = skd.sample(logits.expand(20000, -1), "random_sampling", rounds=5, temperature=0.0, normalize=False)
     dense = targets.densify(30).double()
     assert ((dense.mean(0) - logits.double().softmax(-1)).abs() <= 5 * dense.std(0) / math.sqrt(20000)).all()
 
@@ -144,9 +138,7 @@ def test_a_position_depends_on_its_key_and_logits_only(variant, dtype):
     whole = skd.sample(logits, sampler, seed=5, rows=rows, positions=positions, **parameters).densify(1000)
     shuffled = torch.randperm(64, generator=torch.Generator().manual_seed(4))
     for part in (shuffled[:1], shuffled[1:20], shuffled[20:]):
-        alone = skd.sample(
-            logits[part], sampler, seed=5, rows=rows[part], positions=positions[part], **parameters
-        )
+        alone = skd.sample(logits[part], sampler, seed=5, rows=rows[part], positions=positions[part], **parameters)
         assert torch.equal(alone.densify(1000), whole[part])
     if sampler == "random_sampling":
         for change in (
