@@ -70,11 +70,11 @@ PROFILES = {
     "quick": Profile(
         vocab_size=1024,
         seq_len=128,
-        teacher={"family": "mini"},
+        teacher={"family": "mini", "hidden_size": 96, "num_attention_heads": 3, "intermediate_size": 256},
         teacher_steps=450,
         student={"family": "tiny"},
-        student_rows=1440,
-        student_steps=180,
+        student_rows=1600,
+        student_steps=200,
         limit_tokens=2_000_000,
     ),
     "full": Profile(

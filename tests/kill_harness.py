@@ -16,12 +16,13 @@ import time
 from pathlib import Path
 
 import torch
-
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401 (warm)
+import transformers
 
 from sparsekd.capture import capture
 
 torch.set_num_threads(1)
+# Imported lazily by transformers: loaded here once, not in every fork.
+WARM = (transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM, transformers.PreTrainedTokenizerFast)
 
 
 def fork_worker(rows: str, teacher: str, out: Path, rank: int, world: int) -> int:

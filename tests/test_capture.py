@@ -232,7 +232,7 @@ def test_a_teacher_that_does_not_fit_is_refused(world, tmp_path):
     """Too few logits, another tokenizer, a short context, no model at all: named with both values, before any row."""
     torch.manual_seed(0)
     models.new_student("tiny", vocab_size=200, seq_len=SEQ_LEN).save_pretrained(tmp_path / "narrow")
-    with pytest.raises(MismatchError, match="tokenizer has 300 tokens, teacher .* makes 200 logits"):
+    with pytest.raises(MismatchError, match=r"tokenizer has 300 tokens, teacher .* makes 200 logits"):
         run(world, tmp_path / "c", teacher=str(tmp_path / "narrow"))
     short = models.new_student({"family": "tiny", "max_position_embeddings": 16}, vocab_size=300, seq_len=16)
     short.save_pretrained(tmp_path / "short")
@@ -242,7 +242,7 @@ def test_a_teacher_that_does_not_fit_is_refused(world, tmp_path):
 
     shutil.copytree(world.teacher, tmp_path / "foreign")
     train_tokenizer(["Quick zebras jump over vexing walls. " * 50], 300).save_pretrained(tmp_path / "foreign")
-    with pytest.raises(MismatchError, match="tokenizer differs: the rows were made with .* comes with"):
+    with pytest.raises(MismatchError, match=r"tokenizer differs: the rows were made with .* comes with"):
         run(world, tmp_path / "c", teacher=str(tmp_path / "foreign"))
     with pytest.raises(ModelError, match="the folder does not exist"):
         run(world, tmp_path / "c", teacher=str(tmp_path / "nowhere"))

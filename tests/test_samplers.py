@@ -43,7 +43,7 @@ GROUPS, ALONE = 32, 16
 
 
 def groups_of(p: torch.Tensor) -> torch.Tensor:
-    """[V] group of each id: the 16 likeliest alone, the others in 16 stripes, so that few groups are too rare to judge."""
+    """[V] group of each id: the 16 likeliest alone, the others in 16 stripes, so that few are too rare to judge."""
     group = ALONE + torch.arange(len(p)) % (GROUPS - ALONE)
     group[p.topk(ALONE).indices] = torch.arange(ALONE)
     return group

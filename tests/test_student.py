@@ -169,7 +169,7 @@ def test_peft():
     assert any((g != 0).any() for g in trained)
     before = skd.attach_sparse_kd(tiny(tie_word_embeddings=False))
     after = peft.get_peft_model(before, peft.LoraConfig(r=2, target_modules=["lm_head"]))
-    with pytest.raises(ModelError, match="LoRA on the output embedding .* modules_to_save"):
+    with pytest.raises(ModelError, match=r"LoRA on the output embedding .* modules_to_save"):
         after(**inputs)
     whole = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
     saved = peft.get_peft_model(tiny(tie_word_embeddings=False), whole)
