@@ -15,10 +15,12 @@ Shapes: L tokens of a row, K entries of its longest position.
 
 from __future__ import annotations
 
+import json
 import operator
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .canary import alignment, check_alignment
+from .checks import make_folder
 from .codec import FlatTargets
 from .errors import FormatError, IncompleteError, MismatchError, RecipeError
 from .files import is_url, join, list_folder, read_file, remove_stale_files, sha256_file, write_atomically
@@ -54,7 +57,7 @@ from .manifest import (
     shard_numbers,
     sum_stats,
 )
-from .shard import ShardReader, write_shard
+from .shard import FORMAT, ShardReader, write_shard
 
 Array = NDArray[Any]
 Json = dict[str, Any]
@@ -100,15 +103,17 @@ class CacheWriter:
     """Makes the shards of one cache, in a local folder, alone or beside other processes.
 
     Raises:
-        MismatchError: the folder holds a cache of another spec.
+        MismatchError: the folder holds a cache of another spec, or something else than a cache.
         RecipeError: the path is a URL.
+        StorageError: the path cannot be a folder, or may not be written.
     """
 
     def __init__(self, path: str | Path, spec: CacheSpec, engine: Json | None = None) -> None:
         if is_url(path):
             raise RecipeError(f"a cache is written to a local folder, not to {path}; copy it there afterwards")
         self.path, self.spec, self.engine = Path(path), spec, plain_json("engine", engine or {})
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path)
+        _check_own(self.path)
         remove_stale_files(self.path)
         for where, found in found_specs(self.path):
             check_same_spec(found, spec, where)
@@ -148,6 +153,18 @@ class CacheWriter:
         manifest = rebuild_manifest(self.path, self.spec, checksums=True)
         write_atomically(self.path / MANIFEST, manifest_bytes(manifest))
         return manifest
+
+
+def _check_own(path: Path) -> None:
+    """MismatchError for a folder with files of others: its manifest.json would be written over."""
+    names = [name for name in list_folder(path) if not name.startswith(".") and name != "tokenizer"]
+    if not names or shard_numbers(names):
+        return
+    with suppress(ValueError, OSError, RecursionError, AttributeError):
+        if json.loads((path / MANIFEST).read_bytes()).get("format") == FORMAT:
+            return
+    shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+    raise MismatchError(f"{path} is not empty and holds no cache but {shown}; give another out=FOLDER")
 
 
 # --- reading --------------------------------------------------------------------------------------------

@@ -24,7 +24,8 @@ from torch import Tensor
 import sparsekd
 from sparsekd import models, rng
 from sparsekd.cache import CacheReader, CacheSpec, CacheWriter, RowRecord
-from sparsekd.codec import FlatTargets, default_codec, encode_row
+from sparsekd.checks import check_at_least, check_seed
+from sparsekd.codec import CODECS, FlatTargets, default_codec, encode_row
 from sparsekd.errors import MismatchError, ModelError, RecipeError, StorageError
 from sparsekd.manifest import shard_name
 from sparsekd.packed import RowsReader
@@ -111,23 +112,36 @@ def capture(
         seed: of the draws.
         batch_size, shard_rows: how rows pass the teacher; part of the cache's identity.
         dtype: of the teacher; default float32 on a CPU, bfloat16 on an accelerator.
-        threads: CPU threads (default: all cores); the last bits of logits may depend on it.
+        device: "cpu", "cuda" or "cuda:N"; default: the accelerator where there is one.
+        threads: CPU threads (default: torch's own choice, which follows OMP_NUM_THREADS); the last bits of logits may
+            depend on it.
         limit_rows: only the first rows of the split.
+        shard_range: "a:b" makes only the shards a .. b-1.
         force: write although the disk looks too small.
         progress: called with (tokens done, facts) after each batch.
 
     Returns:
         The manifest, or None when shards of other workers are still missing.
+
+    Raises:
+        RecipeError: an unknown name, or a setting outside its range.
+        MismatchError: rows, teacher and the folder's earlier contents that do not belong together.
+        SourceError, ModelError: rows or a teacher that cannot be opened.
+        StorageError: the disk is, or would become, full.
     """
-    if device is None:
-        device = models.default_device()
-    if device == "cpu":
-        torch.set_num_threads(threads or os.cpu_count() or 1)
+    check_at_least(1, batch_size=batch_size, shard_rows=shard_rows, threads=threads, limit_rows=limit_rows)
+    check_seed(seed)
+    name, parameters = _sampler(sampler)
+    code = _check_codec(codec, name, count_rounds(name, parameters))
+    device = models.check_device(device)
+    if device == "cpu" and threads:
+        torch.set_num_threads(threads)
     reader = RowsReader(rows, split)
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
     model = models.open_model(teacher, dtype=dtype, device=device)
     _check_teacher(model, teacher, reader)
-    spec = _make_spec(reader, model, teacher, sampler, codec, seed, batch_size, shard_rows, limit_rows)
+    draws = {"name": name, **parameters, "seed": seed}
+    spec = _make_spec(reader, model, teacher, draws, code, batch_size, shard_rows, limit_rows)
     writer = CacheWriter(out, spec, engine=_engine(device))
     _copy_tokenizer(reader.path, Path(out))
     source = Teacher(model=model, head=_head(model), spec=spec)
@@ -151,11 +165,10 @@ def recompute(cache: CacheReader, teacher: str, rows: int, seed: int = 0, device
     Raises:
         MismatchError: the teacher's weights are not those that made the cache.
     """
-    spec = cache.spec
-    if device is None:
-        device = models.default_device()
-    if device == "cpu":
-        torch.set_num_threads(_engine_threads(cache) or os.cpu_count() or 1)
+    check_at_least(1, rows=rows)
+    spec, device = cache.spec, models.check_device(device)
+    if device == "cpu" and (threads := _engine_threads(cache)):
+        torch.set_num_threads(threads)
     model = models.open_model(teacher, dtype=spec.teacher["dtype"], device=device)
     found = models.describe(model, teacher)["weights"]
     if found != spec.teacher["weights"]:
@@ -212,21 +225,16 @@ def _make_spec(
     reader: RowsReader,
     model: Any,
     teacher: str,
-    sampler: str | dict[str, Any],
-    codec: str | None,
-    seed: int,
+    draws: dict[str, Any],
+    codec: dict[str, Any],
     batch_size: int,
     shard_rows: int | None,
     limit_rows: int | None,
 ) -> CacheSpec:
     """Everything that the cache's bytes depend on, and what later stages compare."""
-    settings = {"name": sampler} if isinstance(sampler, str) else dict(sampler)
-    name = settings.pop("name", "random_sampling")
-    check_parameters(name, settings)
-    settings = _parameters(name) | settings
-    width, rounds = models.logit_width(model), count_rounds(name, settings)
+    width, parameters = models.logit_width(model), {key: draws[key] for key in _parameters(draws["name"])}
     count = min(len(reader), limit_rows or len(reader))
-    code = default_codec(rounds, width) | ({"name": codec} if codec else {})
+    code = default_codec(count_rounds(draws["name"], parameters), width) | codec
     device = next(model.parameters()).device.type
     return CacheSpec(
         rows=count,
@@ -234,7 +242,7 @@ def _make_spec(
         shard_rows=shard_rows or _default_shard_rows(count, reader.seq_len, batch_size),
         logit_width=width,
         codec=code,
-        sampler={"name": name, **settings, "seed": seed, "rng": rng.ALGORITHM, "unbiased": is_unbiased(name, settings)},
+        sampler=draws | {"rng": rng.ALGORITHM, "unbiased": is_unbiased(draws["name"], parameters)},
         teacher=models.describe(model, teacher),
         tokenizer=reader.manifest["tokenizer"],
         data=_describe_rows(reader),
@@ -243,6 +251,36 @@ def _make_spec(
             "head_chunk": max(1, HEAD_BYTES.get(device, HEAD_BYTES["cuda"]) // (4 * width)),
         },
     )
+
+
+def _sampler(sampler: str | dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """A sampler's name and all of its parameters, checked."""
+    settings = {"name": sampler} if isinstance(sampler, str) else dict(sampler)
+    name = settings.pop("name", "random_sampling")
+    defaults = _parameters(name) if isinstance(name, str) and name in SAMPLERS else {}
+    for key in settings.keys() & defaults.keys():
+        kind, value = type(defaults[key]), settings[key]
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            words = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
+            raise RecipeError(f"sampler.{key}={value!r} is not {words}; its default is {defaults[key]}")
+    check_parameters(name, settings)
+    return name, defaults | settings
+
+
+def _check_codec(codec: str | None, sampler: str, rounds: int | None) -> dict[str, Any]:
+    """The codec asked for, or nothing: refuse one for counts where the sampler gives weights, and the reverse."""
+    if codec is None:
+        return {}
+    if codec not in CODECS:
+        raise RecipeError(f"codec={codec!r} is unknown; there are {', '.join(CODECS)}")
+    fits = [name for name, code in CODECS.items() if (code.max_rounds is None) == (rounds is None)]
+    if codec not in fits:
+        kinds = ("counts", "weights") if rounds is None else ("weights", "counts")
+        raise RecipeError(
+            f"codec={codec} holds {kinds[0]}, sampler {sampler} with these parameters gives {kinds[1]}; take "
+            f"{' or '.join(fits)}, or leave codec out"
+        )
+    return {"name": codec}
 
 
 def _parameters(sampler: str) -> dict[str, Any]:

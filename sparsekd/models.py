@@ -75,23 +75,51 @@ def default_device() -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
 
 
+def check_device(device: str | None) -> str:
+    """The device's own name; `default_device()` for None.
+
+    Raises:
+        RecipeError: not a device, or one that this machine does not have.
+    """
+    if device is None:
+        return default_device()
+    try:
+        kind, index = torch.device(device).type, torch.device(device).index
+    except RuntimeError:
+        kind, index = "", None
+    if kind not in ("cpu", "cuda"):
+        raise RecipeError(f"device={device!r} is not one of cpu, cuda, cuda:N")
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if (index or 0) >= count:
+        raise RecipeError(f"device={device!r} is not there: torch finds {count} accelerators; give device=cpu")
+    return device if kind == "cuda" else "cpu"
+
+
 def open_model(path: str, *, dtype: str = "float32", device: str | None = None) -> Any:
     """A pretrained causal language model in eval mode, from a local folder or a hub id.
 
     Raises:
-        ModelError: nothing there, or not a causal language model; RecipeError: unknown dtype.
+        ModelError: nothing there, or not a causal language model; RecipeError: unknown dtype or device.
     """
     from transformers import AutoModelForCausalLM
 
     if dtype not in DTYPES:
         raise RecipeError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
+    device = check_device(device)
     if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
-        raise ModelError(f"no model at {path}: the folder does not exist")
+        raise ModelError(
+            f"no model at {path}: the folder does not exist; give one that save_pretrained wrote, or an id"
+        )
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype])
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot open {path!r} as a causal language model: {_first_line(error)}") from error
-    return model.to(device or default_device()).eval()
+        model = AutoModelForCausalLM.from_pretrained(str(Path(path).expanduser()), dtype=DTYPES[dtype])
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # OSError, ValueError, KeyError, SafetensorError, hub errors: no common class
+        raise ModelError(
+            f"cannot open {path!r} as a causal language model: {_first_line(error)}; give a folder that "
+            "save_pretrained wrote, or a model's id"
+        ) from error
+    return model.to(device).eval()
 
 
 def new_student(shape: str | dict[str, Any], *, vocab_size: int, seq_len: int, tokenizer: Any = None) -> Any:
@@ -263,4 +291,4 @@ def weights_hash(model: Any) -> str:
 
 def _first_line(error: Exception) -> str:
     text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    return text.splitlines()[0].rstrip(".") if text else type(error).__name__

@@ -172,7 +172,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise SourceError(f"{path} holds no packed rows (no manifest.json); make them with `sparsekd pack`") from None
+        what = "holds no packed rows (no manifest.json)" if path.is_dir() else "does not exist"
+        raise SourceError(f"{path} {what}; make packed rows with `sparsekd pack`") from None
+    except NotADirectoryError:
+        raise SourceError(f"{path} is a file; give a folder that `sparsekd pack` wrote") from None
     except (OSError, ValueError, RecursionError) as error:
         raise SourceError(f"{path}/manifest.json cannot be read ({error}); {_AGAIN}") from error
     kind = manifest.get("format") if isinstance(manifest, dict) else None

@@ -23,6 +23,7 @@ from typing import IO, Any
 import numpy as np
 
 from . import spool, vocab
+from .checks import check_seed, make_folder
 from .corpus import Document, describe, documents, total_bytes
 from .errors import MismatchError, RecipeError, SourceError, StorageError
 from .packed import FORMAT, FORMAT_VERSION, PACKING, PackedBatch, PackedRow, RowsReader
@@ -119,8 +120,7 @@ def pack(
 def _check_settings(*, seq_len: int, seed: int, heldout: float, limit_tokens: int | None) -> None:
     if seq_len < 2:
         raise RecipeError(f"seq_len={seq_len} leaves no next token to predict; it is at least 2")
-    if not 0 <= seed < 2**64:
-        raise RecipeError(f"seed={seed} is outside [0, 2^64); choose one inside it")
+    check_seed(seed)
     if not 0 <= heldout < 1:
         raise RecipeError(f"heldout={heldout} is outside [0, 1); it is a share of the documents, such as 0.02")
     if limit_tokens is not None and limit_tokens < 1:
@@ -154,7 +154,7 @@ def _pack_into(
     encoded = _encoded(stream, tokenizer, settings, skipped, advance)
     if not spool.write(scratch, encoded):
         raise SourceError(
-            f"no document of source={settings['source']} has tokens to train on: "
+            f"no document of source={settings['source'].get('source', settings['source'])} has tokens to train on: "
             f"{skipped['blank']} are blank, {skipped['no_response']} have no response; give others"
         )
     description = _describe_tokenizer(tokenizer, settings)
@@ -299,6 +299,10 @@ def _already_packed(out: Path, settings: dict[str, Any]) -> dict[str, Any] | Non
     """The manifest of rows packed before with the same settings, or None if `out` is free."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
+    if not out.is_dir():
+        raise StorageError(f"{out} is a file, not a folder; give another out=FOLDER")
+    if not (out / "manifest.json").exists():
+        raise MismatchError(f"{out} is not empty and holds no packed rows; give another out=FOLDER")
     manifest = _read_manifest(out)
     was, now = _flat(manifest.get("settings", {})), _flat(settings)
     for key in [*now, *was]:
@@ -323,7 +327,7 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 @contextmanager
 def _complete_folder(out: Path) -> Iterator[Path]:
     """A scratch folder beside `out` that takes its name at the end; after any error it is gone."""
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     prefix = f".{out.name}.packing-{socket.gethostname()}-"
     _remove_abandoned(out.parent, prefix)
     folder = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=out.parent))
