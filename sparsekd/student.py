@@ -70,7 +70,7 @@ def attach_sparse_kd(model: Any, *, ce_weight: float = 0.0, chunk_rows: int | No
         )
         return _output(loss)
 
-    inner.forward = types.MethodType(forward, inner)
+    _replace_forward(inner, forward)
     return model
 
 
@@ -105,7 +105,7 @@ def attach_full_kd(model: Any, teacher: Any, *, ce_weight: float = 0.0) -> Any:
         )
         return _output(loss)
 
-    inner.forward = types.MethodType(forward, inner)
+    _replace_forward(inner, forward)
     return model
 
 
@@ -114,23 +114,31 @@ class CacheDataset(torch.utils.data.Dataset):
 
     Item i of an epoch is row `permute(i, len, seed, epoch)`: the order hangs on (seed, epoch) alone, so the state of a
     run is one integer. Use it with a sequential sampler; `set_epoch` is called by Trainer and accelerate. `limit` keeps
-    the first rows only.
+    the first rows only. `multiple_of` (the rows of one optimizer step) ends each epoch with a whole step: the rows left
+    over are others in every epoch, and an epoch has as many steps for any split of a step into batches and processes.
     """
 
     def __init__(
-        self, rows: CacheReader | Any, *, seed: int = 0, shuffle: bool = True, limit: int | None = None
+        self,
+        rows: CacheReader | Any,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        limit: int | None = None,
+        multiple_of: int = 1,
     ) -> None:
         self.rows = rows
         self.seed = seed
         self.shuffle = shuffle
         self.size = len(rows) if limit is None else min(limit, len(rows))
+        self.multiple_of = multiple_of
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.size
+        return self.size - self.size % self.multiple_of
 
     def row_number(self, index: int) -> int:
         """Which row of the cache item `index` of this epoch is."""
@@ -143,6 +151,9 @@ class CacheDataset(torch.utils.data.Dataset):
 class SparseKDCollator:
     """Rows -> a batch of `input_ids`, `labels` (-100 where unsupervised), and for cached rows `kd_ids`, `kd_weights`.
 
+    The first token of a row follows nothing, so it is never a label: `num_items_in_batch` is then the same whether
+    Trainer knows that the model shifts labels or not.
+
     `with_targets=False` leaves the targets out (plain training on a cache's rows).
     """
 
@@ -153,6 +164,7 @@ class SparseKDCollator:
         """Tensors [B, L], [B, L] and twice [B, L-1, K]; targets are padded with weight 0 to the batch's largest K."""
         ids = np.stack([row.input_ids for row in rows]).astype(np.int64)
         supervised = np.stack([row.supervised for row in rows])
+        supervised[:, 0] = False
         batch = {
             "input_ids": torch.from_numpy(ids),
             "labels": torch.from_numpy(np.where(supervised, ids, -100)),
@@ -163,6 +175,61 @@ class SparseKDCollator:
             batch["kd_ids"] = torch.from_numpy(np.stack([_widened(t.ids, width) for t in targets]))
             batch["kd_weights"] = torch.from_numpy(np.stack([_widened(t.weights, width) for t in targets]))
         return batch
+
+
+def student_trainer(**settings: Any) -> Any:
+    """A `transformers.Trainer(**settings)` that counts tokens rightly where the stock one does not.
+
+    - A step without any supervised token has loss 0 (stock: 0/0, which poisons the weights).
+    - `evaluate` is the mean over all supervised tokens of the evaluation set (stock: a mean of batch means, which
+      depends on the batch size where rows have unequal numbers of supervised tokens).
+    """
+    import transformers
+
+    class StudentTrainer(transformers.Trainer):
+        control: Any
+
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            items = None if num_items_in_batch is None else torch.as_tensor(num_items_in_batch).clamp(min=1)
+            return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=items)
+
+        def evaluate(
+            self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+        ) -> dict[str, float]:
+            metrics = {f"{metric_key_prefix}_loss": _mean_loss(self, eval_dataset or self.eval_dataset)}
+            self.log(metrics)
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            return metrics
+
+    return StudentTrainer(**settings)
+
+
+@torch.no_grad()
+def _mean_loss(trainer: Any, rows: Any) -> float:
+    """Σ cross-entropy / supervised tokens over `rows`, shared among the processes."""
+    batch_size, rank = trainer.args.eval_batch_size, trainer.args.process_index
+    device = trainer.args.device
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    trainer.model.eval()
+    for start in range(0, len(rows), batch_size * trainer.args.world_size):
+        first = start + rank * batch_size
+        mine = range(first, min(first + batch_size, len(rows)))
+        # A process without rows runs the first one for nothing: sharded models need everyone in every forward.
+        batch = {k: v.to(device) for k, v in trainer.data_collator([rows[i] for i in mine or [0]]).items()}
+        tokens = int((batch["labels"][:, 1:] != -100).sum())
+        with trainer.compute_loss_context_manager():
+            loss = trainer.model(input_ids=batch["input_ids"], labels=batch["labels"]).loss
+        if mine and tokens:
+            sums += torch.stack([loss.double() * tokens, torch.as_tensor(tokens, device=device).double()])
+    total, count = trainer.accelerator.reduce(sums, "sum").tolist()
+    return total / count if count else float("nan")
+
+
+def _replace_forward(inner: Any, forward: Any) -> None:
+    inner.forward = types.MethodType(forward, inner)
+    inner.accepts_loss_kwargs = True  # some families say that they do not; this forward does
 
 
 def _widened(array: np.ndarray, width: int) -> np.ndarray:

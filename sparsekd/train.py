@@ -7,6 +7,7 @@ import math
 import os
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,28 @@ import torch
 
 from sparsekd import models, vocab
 from sparsekd.cache import CacheReader, check_alignment
-from sparsekd.errors import MismatchError, RecipeError
+from sparsekd.errors import MismatchError, ModelError, RecipeError, SourceError
 from sparsekd.models import check_own_tokenizer
 from sparsekd.packed import RowsReader
-from sparsekd.student import CacheDataset, SparseKDCollator, attach_full_kd, attach_sparse_kd
+from sparsekd.student import CacheDataset, SparseKDCollator, attach_full_kd, attach_sparse_kd, student_trainer
 
 METHODS = ("ce", "cached", "full_kd")
 SCHEDULES = ("cosine", "constant")
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "method": METHODS,
+    "schedule": SCHEDULES,
+    "dtype": ("float32", "bfloat16"),
+    "device": ("cpu", "cuda"),
+}
+_COUNTS = ("batch_size", "grad_accum", "log_steps", "save_steps", "keep_checkpoints", "eval_limit")
+_RANGES: tuple[tuple[tuple[str, ...], str, Callable[[float], bool]], ...] = (
+    (_COUNTS, "at least 1", lambda v: v >= 1),
+    (("max_steps",), "at least 1, or -1 to go by epochs", lambda v: v >= 1 or v == -1),
+    (("epochs", "learning_rate"), "above 0", lambda v: 0 < v < math.inf),
+    (("weight_decay", "max_grad_norm", "dataloader_workers", "eval_steps"), "0 or more", lambda v: 0 <= v < math.inf),
+    (("ce_weight", "min_lr_ratio", "warmup_ratio"), "between 0 and 1", lambda v: 0 <= v <= 1),
+    (("seed",), "in [0, 2^32)", lambda v: 0 <= v < 2**32),
+)
 # Settings that may change between the parts of one run.
 _FREE = {
     "out",
@@ -31,6 +47,7 @@ _FREE = {
     "run_name",
     "dataloader_workers",
     "eval_limit",
+    "data",
 }
 
 
@@ -81,96 +98,131 @@ def train(
         cache: the training set (rows and targets); `rows`: plain rows, for "ce" and "full_kd" without a cache.
         method: "cached" learns what the cache holds, "ce" the next token, "full_kd" an online `teacher`.
         tokenizer: the student's, when its checkpoint brings none (default: the cache's own).
-        eval_rows: packed rows whose held-out split (its first `eval_limit` rows) is evaluated every `eval_steps`.
+        eval_rows: packed rows whose held-out split (its first `eval_limit` rows) is evaluated every `eval_steps`
+            steps (0: only at the end).
         seed: of the student's initial weights and of the order of rows.
+        epochs: passes over the rows, unless `max_steps` is given; the rows that do not fill a last step are left out,
+            other ones in each epoch.
+        batch_size: rows of one process's forward; a step takes batch_size x grad_accum x processes rows.
+        schedule: "cosine" falls from `learning_rate` to `min_lr_ratio` of it, "constant" stays; both rise linearly
+            from 0 over the first `warmup_ratio` of the steps.
         ce_weight: α of α CE + (1-α) KD (paper, section 5.3).
         dtype: "float32", or "bfloat16" for mixed precision.
+        device: "cpu" or "cuda" (one per process; choose among several by CUDA_VISIBLE_DEVICES).
 
     Raises:
         MismatchError, RecipeError, CacheError, ModelError, SourceError: before the first step.
+        ModelError: the loss is no number any more.
     """
     recipe = {k: v for k, v in locals().items() if k not in ("callbacks", "progress")}
-    recipe = json.loads(json.dumps(recipe, default=str))
+    recipe = json.loads(json.dumps(recipe | {"processes": _world()}, default=str))
+    _check_settings(recipe)
     out = Path(out)
     if (finished := _finished(out, recipe)) is not None:
         return finished
-    if schedule not in SCHEDULES:
-        raise RecipeError(f"schedule={schedule!r} is not one of {', '.join(SCHEDULES)}")
     data, facts = _open_data(method, cache, rows)
     try:
-        import transformers
-
-        transformers.set_seed(seed)
-        model = models.new_student(student, vocab_size=facts["logit_width"], seq_len=facts["seq_len"])
-        text_tokenizer = _fit(model, student, tokenizer, data, facts)
+        _check_unchanged(out, facts)
+        steps, rows_per_step = _plan(len(data), recipe)
+        live = _open_teacher(teacher, facts, recipe) if method == "full_kd" else None
+        model, text_tokenizer = _open_student(student, tokenizer, facts, recipe)
         held_out = _open_eval(eval_rows, facts)
-        if gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if method == "cached":
             attach_sparse_kd(model, ce_weight=ce_weight)
-        elif method == "full_kd":
-            attach_full_kd(model, _open_teacher(teacher, facts, dtype, device), ce_weight=ce_weight)
-        steps = _total_steps(len(data), batch_size * grad_accum * _world(), epochs, max_steps)
-        arguments = transformers.TrainingArguments(
-            output_dir=str(out),
-            seed=seed,
-            max_steps=steps,
-            per_device_train_batch_size=batch_size,
-            per_device_eval_batch_size=batch_size,
-            gradient_accumulation_steps=grad_accum,
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            adam_beta1=adam_betas[0],
-            adam_beta2=adam_betas[1],
-            max_grad_norm=max_grad_norm,
-            lr_scheduler_type="cosine_with_min_lr" if schedule == "cosine" else "constant_with_warmup",
-            lr_scheduler_kwargs={"min_lr_rate": min_lr_ratio} if schedule == "cosine" else None,
-            warmup_steps=math.ceil(warmup_ratio * steps),
-            bf16=dtype == "bfloat16",
-            use_cpu=(device or models.default_device()) == "cpu",
-            logging_steps=log_steps,
-            eval_strategy="steps" if held_out is not None and eval_steps else "no",
-            eval_steps=eval_steps or None,
-            prediction_loss_only=True,
-            save_steps=save_steps,
-            save_total_limit=keep_checkpoints,
-            # The dataset itself is shuffled, statelessly by (seed, epoch): resuming needs one integer.
-            train_sampling_strategy="sequential",
-            dataloader_num_workers=dataloader_workers,
-            dataloader_pin_memory=torch.cuda.is_available(),
-            dataloader_drop_last=True,
-            remove_unused_columns=False,
-            report_to=report_to,
-            run_name=run_name,
-            disable_tqdm=not progress,
-            log_level="error",
-        )
-        trainer = transformers.Trainer(
+        elif live is not None:
+            attach_full_kd(model, live, ce_weight=ce_weight)
+        trainer = student_trainer(
             model=model,
-            args=arguments,
-            train_dataset=CacheDataset(data, seed=seed),
+            args=_arguments(recipe, steps, progress),
+            train_dataset=CacheDataset(data, seed=seed, multiple_of=rows_per_step),
             eval_dataset=None if held_out is None else CacheDataset(held_out, shuffle=False, limit=eval_limit),
             data_collator=SparseKDCollator(with_targets=method == "cached"),
-            callbacks=[clock := _step_clock(), *(callbacks or [])],
+            callbacks=[pace := _pace(held_out is not None), *(callbacks or [])],
         )
         if not progress:
+            import transformers
+
             trainer.remove_callback(transformers.PrinterCallback)
         if trainer.is_world_process_zero():
-            _write_json(out / "recipe.json", recipe)
-        result = trainer.train(resume_from_checkpoint=_last_checkpoint(out))
-        return _finish(trainer, result, out, method, seed, clock.seconds, facts, text_tokenizer)
+            _write_json(out / "recipe.json", recipe | {"data": facts["identity"]})
+        trainer.train(resume_from_checkpoint=_last_checkpoint(out))
+        return _finish(trainer, out, recipe, rows_per_step, pace.seconds, facts, text_tokenizer)
     finally:
         if isinstance(data, CacheReader):
             data.close()
 
 
+def _arguments(recipe: dict[str, Any], steps: int, progress: bool) -> Any:
+    import transformers
+
+    cosine = recipe["schedule"] == "cosine"
+    arguments = transformers.TrainingArguments(
+        output_dir=recipe["out"],
+        seed=recipe["seed"],
+        max_steps=steps,
+        per_device_train_batch_size=recipe["batch_size"],
+        per_device_eval_batch_size=recipe["batch_size"],
+        gradient_accumulation_steps=recipe["grad_accum"],
+        learning_rate=recipe["learning_rate"],
+        weight_decay=recipe["weight_decay"],
+        adam_beta1=recipe["adam_betas"][0],
+        adam_beta2=recipe["adam_betas"][1],
+        max_grad_norm=recipe["max_grad_norm"],
+        lr_scheduler_type="cosine_with_min_lr" if cosine else "constant_with_warmup",
+        lr_scheduler_kwargs={"min_lr_rate": recipe["min_lr_ratio"]} if cosine else None,
+        warmup_steps=math.ceil(recipe["warmup_ratio"] * steps),
+        bf16=recipe["dtype"] == "bfloat16",
+        use_cpu=_on_cpu(recipe),
+        gradient_checkpointing=recipe["gradient_checkpointing"],
+        gradient_checkpointing_kwargs={"use_reentrant": False} if recipe["gradient_checkpointing"] else None,
+        logging_steps=recipe["log_steps"],
+        # A loss that is no number must show: Trainer would log the mean of the losses before it.
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if recipe["eval_rows"] and recipe["eval_steps"] else "no",
+        eval_steps=recipe["eval_steps"] or None,
+        save_steps=recipe["save_steps"],
+        save_total_limit=recipe["keep_checkpoints"],
+        # The dataset itself is shuffled, statelessly by (seed, epoch): resuming needs one integer.
+        train_sampling_strategy="sequential",
+        dataloader_num_workers=recipe["dataloader_workers"],
+        dataloader_pin_memory=not _on_cpu(recipe),
+        remove_unused_columns=False,
+        report_to=recipe["report_to"],
+        run_name=recipe["run_name"],
+        disable_tqdm=not progress,
+        log_level="error",
+    )
+    if arguments.n_gpu > 1:
+        # Else Trainer wraps the model in torch's DataParallel, whose copies call the first one's forward.
+        arguments._n_gpu = 1
+    return arguments
+
+
 # --- what it trains on, and refusals --------------------------------------------------------------------
+
+
+def _check_settings(recipe: dict[str, Any]) -> None:
+    for name, known in _CHOICES.items():
+        if recipe[name] is not None and recipe[name] not in known:
+            raise RecipeError(f"{name}={recipe[name]!r} is not one of {', '.join(known)}")
+    for names, words, holds in _RANGES:
+        for name in names:
+            if recipe[name] is not None and not holds(recipe[name]):
+                raise RecipeError(f"{name}={recipe[name]} must be {words}")
+    if len(recipe["adam_betas"]) != 2 or not all(0 <= beta < 1 for beta in recipe["adam_betas"]):
+        raise RecipeError(f"adam_betas={recipe['adam_betas']} must be two numbers in [0, 1)")
+    if recipe["device"] == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("device='cuda': torch finds no CUDA device here; give device=cpu")
+    if recipe["teacher"] is not None and recipe["method"] != "full_kd":
+        raise RecipeError(f"teacher= is for method=full_kd; method={recipe['method']} runs none, leave it out")
+
+
+def _on_cpu(recipe: dict[str, Any]) -> bool:
+    return (recipe["device"] or models.default_device()) == "cpu"
 
 
 def _open_data(method: str, cache: str | None, rows: str | None) -> tuple[Any, dict[str, Any]]:
     """The training rows and what must fit to them."""
-    if method not in METHODS:
-        raise RecipeError(f"method={method!r} is not one of {', '.join(METHODS)}")
     if (cache is None) == (rows is None):
         raise RecipeError("give cache=FOLDER, or rows=FOLDER for method=ce or full_kd (one of them, not both)")
     if cache is None:
@@ -179,16 +231,33 @@ def _open_data(method: str, cache: str | None, rows: str | None) -> tuple[Any, d
         reader = RowsReader(str(rows))
         manifest = reader.manifest["tokenizer"]
         facts = {"seq_len": reader.seq_len, "logit_width": manifest["vocab_size"], "id_max": manifest["vocab_size"] - 1}
-        return reader, facts | {"tokenizer": manifest, "fingerprint": reader.fingerprint, "home": Path(str(rows))}
+        facts |= {"tokenizer": manifest, "fingerprint": reader.fingerprint, "home": Path(str(rows))}
+        return reader, facts | {"identity": {"rows": reader.fingerprint}, "of_cache": False}
     opened = CacheReader(cache)
     check_alignment(opened)
+    opened.close()  # data loader workers open files of their own
     spec = opened.spec
     facts = {"seq_len": spec.seq_len, "logit_width": spec.logit_width, "id_max": opened.stats["id_max"]}
-    facts |= {"tokenizer": spec.tokenizer, "fingerprint": spec.data.get("fingerprint"), "teacher": spec.teacher}
-    return opened, facts | {"home": Path(cache)}
+    facts |= {"tokenizer": spec.tokenizer, "fingerprint": spec.data.get("fingerprint"), "home": Path(cache)}
+    identity = {"rows": facts["fingerprint"], "sampler": spec.sampler, "teacher": spec.teacher.get("weights")}
+    return opened, facts | {"identity": identity, "of_cache": True}
 
 
-def _fit(model: Any, student: Any, tokenizer: str | None, data: Any, facts: dict[str, Any]) -> Any:
+def _open_student(student: Any, tokenizer: str | None, facts: dict[str, Any], recipe: dict[str, Any]) -> Any:
+    """(student, tokenizer to save beside it); a new student's weights hang on the seed alone."""
+    import transformers
+
+    transformers.set_seed(recipe["seed"])
+    model = models.new_student(student, vocab_size=facts["logit_width"], seq_len=facts["seq_len"])
+    if recipe["method"] == "full_kd" and models.logit_width(model) != facts["logit_width"]:
+        raise MismatchError(
+            f"vocabulary differs: the teacher makes {facts['logit_width']} logits, the student "
+            f"{models.logit_width(model)}; take a student as wide as its teacher"
+        )
+    return model, _fit(model, student, tokenizer, facts)
+
+
+def _fit(model: Any, student: Any, tokenizer: str | None, facts: dict[str, Any]) -> Any:
     """Refuse a student that cannot read these rows; returns the tokenizer to save beside it."""
     models.check_context(model, facts["seq_len"], "student")
     size = max(facts["tokenizer"]["vocab_size"], facts["id_max"] + 1)
@@ -218,6 +287,8 @@ def _open_eval(eval_rows: str | None, facts: dict[str, Any]) -> RowsReader | Non
             f"rows differ: the training set was made from rows {str(facts['fingerprint'])[:12]}, {eval_rows} holds "
             f"{str(trained_on)[:12]}; evaluate on the rows that were captured, or capture these"
         )
+    if not len(held_out):
+        raise SourceError(f"{eval_rows} has no held-out rows; pack with heldout above 0, or leave eval_rows out")
     return held_out
 
 
@@ -235,17 +306,21 @@ def check_same_rows(rows: RowsReader, tokenizer_hash: str, seq_len: int) -> None
         )
 
 
-def _open_teacher(teacher: str | None, facts: dict[str, Any], dtype: str | None, device: str | None) -> Any:
+def _open_teacher(teacher: str | None, facts: dict[str, Any], recipe: dict[str, Any]) -> Any:
+    """The online teacher; plain rows take over its number of logits (which may be padded beyond the tokenizer)."""
     if teacher is None:
         raise RecipeError("method=full_kd runs the teacher online: give teacher=MODEL")
-    model = models.open_model(teacher, dtype=dtype or "float32", device=device)
+    device = "cpu" if _on_cpu(recipe) else models.default_device()
+    model = models.open_model(teacher, dtype=recipe["dtype"] or "float32", device=device)
     check_own_tokenizer(teacher, facts["tokenizer"]["hash"], "teacher", "pack the rows with the teacher's tokenizer")
     models.check_context(model, facts["seq_len"], "teacher")
-    if models.logit_width(model) != facts["logit_width"]:
+    width = models.logit_width(model)
+    if width != facts["logit_width"] and (facts["of_cache"] or width < facts["logit_width"]):
         raise MismatchError(
             f"vocabulary differs: the training set has {facts['logit_width']} logits, teacher {teacher} makes "
-            f"{models.logit_width(model)}; give the teacher of the cache"
+            f"{width}; give the teacher of the cache, or one of the rows' tokenizer"
         )
+    facts["logit_width"] = width
     return model
 
 
@@ -256,24 +331,38 @@ def _world() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def _total_steps(rows: int, rows_per_step: int, epochs: float, max_steps: int) -> int:
-    if rows < rows_per_step:
+def _plan(rows: int, recipe: dict[str, Any]) -> tuple[int, int]:
+    """(optimizer steps of the whole run, rows of one step)."""
+    per_step = recipe["batch_size"] * recipe["grad_accum"] * recipe["processes"]
+    if rows < per_step:
         raise RecipeError(
-            f"one step takes {rows_per_step} rows (batch_size x grad_accum x processes), the training set has {rows}; "
+            f"one step takes {per_step} rows (batch_size x grad_accum x processes), the training set has {rows}; "
             "lower batch_size or grad_accum"
         )
-    return max_steps if max_steps > 0 else max(1, int(epochs * (rows // rows_per_step)))
+    if recipe["max_steps"] > 0:
+        return recipe["max_steps"], per_step
+    return max(1, int(recipe["epochs"] * (rows // per_step))), per_step
 
 
 def _last_checkpoint(out: Path) -> str | None:
     """The newest checkpoint that was written whole (its trainer state comes last)."""
-    found = [p for p in out.glob("checkpoint-*") if (p / "trainer_state.json").exists()]
+    found = [p for p in out.glob("checkpoint-*") if _is_whole(p)]
     return str(max(found, key=lambda p: int(p.name.split("-")[1]))) if found else None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):  # a kill while it was written leaves half a file
+        return False
+    return len(list(checkpoint.glob("rng_state*"))) >= _world()
 
 
 def _finished(out: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
     """The metrics of a run that is complete; refuse a folder that belongs to another recipe."""
     if not (out / "recipe.json").exists():
+        if out.exists() and not out.is_dir():
+            raise RecipeError(f"out={out} is a file; give a folder")
         if out.exists() and any(out.iterdir()):
             raise MismatchError(f"{out} is not empty and holds no training run; give another out=FOLDER")
         return None
@@ -288,11 +377,28 @@ def _finished(out: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
     return json.loads(done.read_text()) if done.exists() else None
 
 
-def _step_clock() -> Any:
-    """A callback that times every optimizer step by itself: evaluation and checkpoints are not training speed."""
+def _check_unchanged(out: Path, facts: dict[str, Any]) -> None:
+    """Refuse to go on with a run whose training set has been made anew, otherwise, under the same path."""
+    path = out / "recipe.json"
+    old = json.loads(path.read_text())["data"] if path.exists() else facts["identity"]
+    for key, value in facts["identity"].items():
+        if old.get(key) != value:
+            raise MismatchError(
+                f"the training set's {key} differ: {out} was started with {old.get(key)}, they are {value} now; give "
+                "another out=FOLDER to start anew"
+            )
+
+
+def _pace(evaluates: bool) -> Any:
+    """A callback that times each step by itself (evaluation and checkpoints are not training speed), ends the run
+    without a checkpoint, and stops when the loss is no number.
+
+    The run's own end is no checkpoint: Trainer, resumed there in mid-epoch, would take one step too many.
+    Losses are logged wherever a checkpoint is made, so that the log of a resumed run equals an uninterrupted one's.
+    """
     from transformers import TrainerCallback
 
-    class StepClock(TrainerCallback):
+    class Pace(TrainerCallback):
         def __init__(self) -> None:
             self.seconds: list[float] = []
             self.started = 0.0
@@ -300,38 +406,46 @@ def _step_clock() -> Any:
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             self.started = time.perf_counter()
 
-        def on_step_end(self, *_: Any, **__: Any) -> None:
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.seconds.append(time.perf_counter() - self.started)
+            if state.global_step >= state.max_steps:
+                control.should_save, control.should_log, control.should_evaluate = False, True, evaluates
+            control.should_log = control.should_log or control.should_save
 
-    return StepClock()
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+            if not math.isfinite(logs.get("loss", 0.0)):
+                raise ModelError(
+                    f"the loss is {logs['loss']} at step {state.global_step}: training has diverged; lower "
+                    "learning_rate, lengthen warmup_ratio or lower max_grad_norm"
+                )
+
+    return Pace()
 
 
 def _finish(
     trainer: Any,
-    result: Any,
     out: Path,
-    method: str,
-    seed: int,
+    recipe: dict[str, Any],
+    rows_per_step: int,
     seconds: list[float],
     facts: dict[str, Any],
     tokenizer: Any,
 ) -> dict[str, Any]:
     """Save the student, its tokenizer and the metrics; metrics.json is written last: it marks the run as complete."""
-    state = trainer.state
-    per_step = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * _world()
-    tokens_per_step = per_step * facts["seq_len"]
+    log, steps = _log(trainer.state.log_history), trainer.state.global_step
+    tokens_per_step = rows_per_step * facts["seq_len"]
     metrics = {
-        "method": method,
-        "seed": seed,
-        "steps": state.global_step,
-        "tokens": state.global_step * tokens_per_step,
-        "seconds": sum(seconds),
+        "method": recipe["method"],
+        "seed": recipe["seed"],
+        "steps": steps,
+        "tokens": steps * tokens_per_step,
+        "seconds": sum(seconds),  # of the steps since the last resume
         # By the median step: a busy machine's stalls say nothing about the method.
         "tokens_per_second": tokens_per_step / statistics.median(seconds) if seconds else None,
-        "train_loss": result.training_loss,
+        "train_loss": _mean_logged(log),
         "fingerprint": facts["fingerprint"],
         "tokenizer": facts["tokenizer"],
-        "log": [{k: v for k, v in entry.items() if not k.endswith("_per_second")} for entry in state.log_history],
+        "log": log,
     }
     trainer.save_model(str(out))
     if trainer.is_world_process_zero():
@@ -341,8 +455,23 @@ def _finish(
     return metrics
 
 
+def _log(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Losses and evaluations by step; a number that JSON does not know (a gradient's inf) becomes None."""
+    kept = (entry for entry in history if "loss" in entry or "eval_loss" in entry)
+    return [{k: v if math.isfinite(v) else None for k, v in entry.items()} for entry in kept]
+
+
+def _mean_logged(log: list[dict[str, Any]]) -> float:
+    """The mean loss of all steps: each entry is the mean of the steps since the entry before it."""
+    total, last = 0.0, 0
+    for entry in log:
+        if "loss" in entry:
+            total, last = total + entry["loss"] * (entry["step"] - last), entry["step"]
+    return total / max(last, 1)
+
+
 def _write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
     temporary.replace(path)

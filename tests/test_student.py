@@ -206,15 +206,16 @@ def test_targets_of_another_length_are_refused():
 
 
 def test_collated_rows(world):
-    """input_ids and targets of a batch are the rows', padded with weight 0; labels are -100 where unsupervised."""
+    """Ids and targets of a batch are the rows', padded with weight 0; labels are -100 where unsupervised, and first."""
     with skd.CacheReader(world.cache) as reader:
         rows = [reader[i] for i in (3, 0, len(reader) - 1)]
         made = skd.SparseKDCollator()(rows)
         for index, row in enumerate(rows):
             assert np.array_equal(made["input_ids"][index].numpy(), row.input_ids)
             labels = made["labels"][index].numpy()
-            assert (labels[row.supervised] == row.input_ids[row.supervised]).all()
-            assert (labels[~row.supervised] == -100).all()
+            target = row.supervised & (np.arange(len(labels)) > 0)
+            assert (labels[target] == row.input_ids[target]).all()
+            assert (labels[~target] == -100).all()
             ours = skd.SparseTargets(ids=made["kd_ids"][index], weights=made["kd_weights"][index]).densify(300)
             assert torch.equal(ours, skd.SparseTargets.of(row.targets).densify(300))
         assert "kd_ids" not in skd.SparseKDCollator(with_targets=False)(rows)
