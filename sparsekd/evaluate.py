@@ -6,6 +6,7 @@ Shapes: B rows, L tokens, C positions of a chunk, V vocabulary.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sparsekd import metrics, models
-from sparsekd.errors import MismatchError, SourceError
+from sparsekd.errors import MismatchError, RecipeError, SourceError
 from sparsekd.packed import RowsReader
 from sparsekd.samplers import sample
 
@@ -38,7 +39,13 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure `model` on a split of packed rows; also written to `out/evaluation.json` (default: the model's folder).
 
-    Only supervised tokens count. Means come with their standard error over rows.
+    Only supervised tokens count. Means come with their standard error over rows (None when there is one row).
+
+    Args:
+        split: of the rows; its first `limit_rows` are used.
+        teacher: compare with this model of the same tokenizer.
+        batch_size: rows of a forward pass; changes no result beyond rounding.
+        progress: called with (rows done, rows in all).
 
     Returns:
         loss (nats per token), perplexity, bits_per_byte, ece and reliability (15 bins, Guo et al. 2017), accuracy;
@@ -47,8 +54,10 @@ def evaluate(
 
     Raises:
         MismatchError: a model or teacher that does not fit the rows.
+        SourceError: no rows, or none with a supervised token, in the split.
+        RecipeError: a size below 1.
     """
-    reader = RowsReader(rows, split)
+    reader = _open_rows(rows, split, batch_size=batch_size, limit_rows=limit_rows)
     student = _open(model, reader, dtype, device, "model")
     other = None if teacher is None else _open(teacher, reader, dtype, device, "teacher")
     if other is not None and models.logit_width(other) != models.logit_width(student):
@@ -57,8 +66,6 @@ def evaluate(
             f"{models.logit_width(other)}; take models of one tokenizer"
         )
     count = min(len(reader), limit_rows or len(reader))
-    if not count:
-        raise SourceError(f"{rows} has no rows in split {split!r}; pack with heldout above 0, or name another split")
     tally, bins = metrics.Tally(), metrics.CalibrationBins()
     for start in range(0, count, batch_size):
         batch = reader.batch(range(start, min(start + batch_size, count)))
@@ -71,11 +78,12 @@ def evaluate(
             tally.add(rows_C, **values)
         if progress:
             progress(min(start + batch_size, count), count)
-    result = _result(tally, bins, reader.manifest["splits"][split])
+    if not tally.tokens:
+        raise SourceError(f"the first {count} rows of {rows} have no supervised token; raise limit_rows")
+    result = _plain(_result(tally, bins, reader.manifest["splits"][split]))
     target = Path(out) if out else Path(model) if Path(model).is_dir() else None
     if target is not None:
-        target.mkdir(parents=True, exist_ok=True)
-        (target / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
+        _write_json(target / "evaluation.json", result)
     return result
 
 
@@ -88,21 +96,44 @@ def unique_ids(
     limit_rows: int = 16,
     device: str | None = None,
 ) -> dict[str, Any]:
-    """Mean number of distinct ids against rounds of random sampling, and the power law through it (paper, figure 5)."""
-    reader = RowsReader(rows, split)
+    """Mean number of distinct ids against rounds of random sampling, and the power law through it (paper, figure 5).
+
+    Returns:
+        rounds, unique (mean distinct ids for each), positions, and power_law: unique ≈ prefactor * rounds^exponent,
+        by least squares on the logarithms.
+
+    Raises:
+        as `evaluate`.
+    """
+    if len(set(rounds)) < 2 or min(rounds) < 1:
+        raise RecipeError(f"rounds={rounds}: a curve needs two different numbers of rounds, each at least 1")
+    reader = _open_rows(rows, split, limit_rows=limit_rows)
     model = _open(teacher, reader, "float32", device, "teacher")
     batch = reader.batch(range(min(limit_rows, len(reader))))
-    sums = np.zeros(len(rounds))
-    positions = 0
+    sums, positions = np.zeros(len(rounds)), 0
     for logits_CV, _, _, rows_C in _chunks(model, None, batch):
+        # Each position draws by itself: the keys count positions on from chunk to chunk.
+        keys = torch.arange(positions, positions + len(logits_CV), device=logits_CV.device)
         for index, count in enumerate(rounds):
-            drawn = sample(logits_CV, "random_sampling", rounds=count, rows=rows_C)
+            drawn = sample(logits_CV, "random_sampling", rounds=count, rows=rows_C, positions=keys)
             sums[index] += float((drawn.weights > 0).sum())
         positions += len(logits_CV)
-    mean = sums / max(positions, 1)
+    if not positions:
+        raise SourceError(f"the first {limit_rows} rows of {rows} have no supervised token; raise limit_rows")
+    mean = sums / positions
     exponent, offset = np.polyfit(np.log(rounds), np.log(mean), 1)
     fit = {"exponent": float(exponent), "prefactor": float(np.exp(offset))}
     return {"rounds": list(rounds), "unique": mean.tolist(), "positions": positions, "power_law": fit}
+
+
+def _open_rows(rows: str | Path, split: str, **sizes: int | None) -> RowsReader:
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise RecipeError(f"{name}={size} must be at least 1")
+    reader = RowsReader(rows, split)
+    if not len(reader):
+        raise SourceError(f"{rows} has no rows in split {split!r}; pack with heldout above 0, or name another split")
+    return reader
 
 
 def _open(path: str, reader: RowsReader, dtype: str, device: str | None, whose: str) -> Any:
@@ -166,3 +197,19 @@ def _result(tally: metrics.Tally, bins: metrics.CalibrationBins, split: dict[str
         "tokens": tally.tokens,
         "rows": tally.rows,
     }
+
+
+def _plain(value: Any) -> Any:
+    """The same with None for the numbers that JSON does not know (one row has no standard error)."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+    temporary.replace(path)

@@ -11,14 +11,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from sparsekd import models, vocab
-from sparsekd.cache import CacheReader, check_alignment
-from sparsekd.errors import MismatchError, ModelError, RecipeError, SourceError
-from sparsekd.models import check_own_tokenizer
-from sparsekd.packed import RowsReader
+from sparsekd import models
+from sparsekd.checks import check_at_least, make_folder
+from sparsekd.errors import MismatchError, ModelError, RecipeError
 from sparsekd.student import CacheDataset, SparseKDCollator, attach_full_kd, attach_sparse_kd, student_trainer
+from sparsekd.training_set import (
+    TrainingSet,
+    check_student,
+    open_heldout,
+    open_teacher,
+    open_tokenizer,
+    open_training_set,
+)
 
 METHODS = ("ce", "cached", "full_kd")
 SCHEDULES = ("cosine", "constant")
@@ -26,14 +30,12 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "method": METHODS,
     "schedule": SCHEDULES,
     "dtype": ("float32", "bfloat16"),
-    "device": ("cpu", "cuda"),
 }
 _COUNTS = ("batch_size", "grad_accum", "log_steps", "save_steps", "keep_checkpoints", "eval_limit")
+_AMOUNTS = ("weight_decay", "max_grad_norm", "dataloader_workers", "eval_steps")
 _RANGES: tuple[tuple[tuple[str, ...], str, Callable[[float], bool]], ...] = (
-    (_COUNTS, "at least 1", lambda v: v >= 1),
     (("max_steps",), "at least 1, or -1 to go by epochs", lambda v: v >= 1 or v == -1),
     (("epochs", "learning_rate"), "above 0", lambda v: 0 < v < math.inf),
-    (("weight_decay", "max_grad_norm", "dataloader_workers", "eval_steps"), "0 or more", lambda v: 0 <= v < math.inf),
     (("ce_weight", "min_lr_ratio", "warmup_ratio"), "between 0 and 1", lambda v: 0 <= v <= 1),
     (("seed",), "in [0, 2^32)", lambda v: 0 <= v < 2**32),
 )
@@ -115,18 +117,23 @@ def train(
         ModelError: the loss is no number any more.
     """
     recipe = {k: v for k, v in locals().items() if k not in ("callbacks", "progress")}
-    recipe = json.loads(json.dumps(recipe | {"processes": _world()}, default=str))
+    out = Path(out).expanduser()
+    recipe = json.loads(json.dumps(recipe | {"out": out, "processes": _world()}, default=str))
     _check_settings(recipe)
-    out = Path(out)
     if (finished := _finished(out, recipe)) is not None:
         return finished
-    data, facts = _open_data(method, cache, rows)
+    data = open_training_set(method, cache, rows)
     try:
-        _check_unchanged(out, facts)
-        steps, rows_per_step = _plan(len(data), recipe)
-        live = _open_teacher(teacher, facts, recipe) if method == "full_kd" else None
-        model, text_tokenizer = _open_student(student, tokenizer, facts, recipe)
-        held_out = _open_eval(eval_rows, facts)
+        _check_unchanged(out, data.identity)
+        steps, rows_per_step = _plan(len(data.rows), recipe)
+        live = None
+        if method == "full_kd":
+            place = "cpu" if _on_cpu(recipe) else models.default_device()
+            live, data = open_teacher(teacher, data, dtype=dtype or "float32", device=place)
+        heldout = open_heldout(eval_rows, data)
+        model = _open_student(student, data, seed, under_teacher=live is not None)
+        text_tokenizer = open_tokenizer(tokenizer, data)
+        make_folder(out)
         if method == "cached":
             attach_sparse_kd(model, ce_weight=ce_weight)
         elif live is not None:
@@ -134,22 +141,35 @@ def train(
         trainer = student_trainer(
             model=model,
             args=_arguments(recipe, steps, progress),
-            train_dataset=CacheDataset(data, seed=seed, multiple_of=rows_per_step),
-            eval_dataset=None if held_out is None else CacheDataset(held_out, shuffle=False, limit=eval_limit),
+            train_dataset=CacheDataset(data.rows, seed=seed, multiple_of=rows_per_step),
+            eval_dataset=None if heldout is None else CacheDataset(heldout, shuffle=False, limit=eval_limit),
             data_collator=SparseKDCollator(with_targets=method == "cached"),
-            callbacks=[pace := _pace(held_out is not None), *(callbacks or [])],
+            callbacks=[pace := _pace(heldout is not None), *(callbacks or [])],
         )
         if not progress:
-            import transformers
-
-            trainer.remove_callback(transformers.PrinterCallback)
+            _silence(trainer)
         if trainer.is_world_process_zero():
-            _write_json(out / "recipe.json", recipe | {"data": facts["identity"]})
+            _write_json(out / "recipe.json", recipe | {"data": data.identity})
         trainer.train(resume_from_checkpoint=_last_checkpoint(out))
-        return _finish(trainer, out, recipe, rows_per_step, pace.seconds, facts, text_tokenizer)
+        return _finish(trainer, out, recipe, rows_per_step, pace.seconds, data, text_tokenizer)
     finally:
-        if isinstance(data, CacheReader):
-            data.close()
+        data.close()
+
+
+def _open_student(student: Any, data: TrainingSet, seed: int, *, under_teacher: bool) -> Any:
+    """The student; a new one's weights hang on the seed alone."""
+    import transformers
+
+    transformers.set_seed(seed)
+    model = models.new_student(student, vocab_size=data.logit_width, seq_len=data.seq_len)
+    check_student(model, student, data, under_teacher=under_teacher)
+    return model
+
+
+def _silence(trainer: Any) -> None:
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
 
 
 def _arguments(recipe: dict[str, Any], steps: int, progress: bool) -> Any:
@@ -198,130 +218,32 @@ def _arguments(recipe: dict[str, Any], steps: int, progress: bool) -> Any:
     return arguments
 
 
-# --- what it trains on, and refusals --------------------------------------------------------------------
+# --- settings -----------------------------------------------------------------------------------------
 
 
 def _check_settings(recipe: dict[str, Any]) -> None:
     for name, known in _CHOICES.items():
         if recipe[name] is not None and recipe[name] not in known:
             raise RecipeError(f"{name}={recipe[name]!r} is not one of {', '.join(known)}")
+    check_at_least(1, **{name: recipe[name] for name in _COUNTS})
+    check_at_least(0, **{name: recipe[name] for name in _AMOUNTS})
     for names, words, holds in _RANGES:
         for name in names:
             if recipe[name] is not None and not holds(recipe[name]):
                 raise RecipeError(f"{name}={recipe[name]} must be {words}")
     if len(recipe["adam_betas"]) != 2 or not all(0 <= beta < 1 for beta in recipe["adam_betas"]):
         raise RecipeError(f"adam_betas={recipe['adam_betas']} must be two numbers in [0, 1)")
-    if recipe["device"] == "cuda" and not torch.cuda.is_available():
-        raise RecipeError("device='cuda': torch finds no CUDA device here; give device=cpu")
+    if models.check_device(recipe["device"]) not in ("cpu", "cuda", models.default_device()):
+        raise RecipeError(
+            f"device={recipe['device']}: a process trains on the first accelerator it sees; choose it by "
+            "CUDA_VISIBLE_DEVICES and give device=cuda"
+        )
     if recipe["teacher"] is not None and recipe["method"] != "full_kd":
         raise RecipeError(f"teacher= is for method=full_kd; method={recipe['method']} runs none, leave it out")
 
 
 def _on_cpu(recipe: dict[str, Any]) -> bool:
     return (recipe["device"] or models.default_device()) == "cpu"
-
-
-def _open_data(method: str, cache: str | None, rows: str | None) -> tuple[Any, dict[str, Any]]:
-    """The training rows and what must fit to them."""
-    if (cache is None) == (rows is None):
-        raise RecipeError("give cache=FOLDER, or rows=FOLDER for method=ce or full_kd (one of them, not both)")
-    if cache is None:
-        if method == "cached":
-            raise RecipeError("method=cached needs cache=FOLDER; rows=FOLDER alone has no targets")
-        reader = RowsReader(str(rows))
-        manifest = reader.manifest["tokenizer"]
-        facts = {"seq_len": reader.seq_len, "logit_width": manifest["vocab_size"], "id_max": manifest["vocab_size"] - 1}
-        facts |= {"tokenizer": manifest, "fingerprint": reader.fingerprint, "home": Path(str(rows))}
-        return reader, facts | {"identity": {"rows": reader.fingerprint}, "of_cache": False}
-    opened = CacheReader(cache)
-    check_alignment(opened)
-    opened.close()  # data loader workers open files of their own
-    spec = opened.spec
-    facts = {"seq_len": spec.seq_len, "logit_width": spec.logit_width, "id_max": opened.stats["id_max"]}
-    facts |= {"tokenizer": spec.tokenizer, "fingerprint": spec.data.get("fingerprint"), "home": Path(cache)}
-    identity = {"rows": facts["fingerprint"], "sampler": spec.sampler, "teacher": spec.teacher.get("weights")}
-    return opened, facts | {"identity": identity, "of_cache": True}
-
-
-def _open_student(student: Any, tokenizer: str | None, facts: dict[str, Any], recipe: dict[str, Any]) -> Any:
-    """(student, tokenizer to save beside it); a new student's weights hang on the seed alone."""
-    import transformers
-
-    transformers.set_seed(recipe["seed"])
-    model = models.new_student(student, vocab_size=facts["logit_width"], seq_len=facts["seq_len"])
-    if recipe["method"] == "full_kd" and models.logit_width(model) != facts["logit_width"]:
-        raise MismatchError(
-            f"vocabulary differs: the teacher makes {facts['logit_width']} logits, the student "
-            f"{models.logit_width(model)}; take a student as wide as its teacher"
-        )
-    return model, _fit(model, student, tokenizer, facts)
-
-
-def _fit(model: Any, student: Any, tokenizer: str | None, facts: dict[str, Any]) -> Any:
-    """Refuse a student that cannot read these rows; returns the tokenizer to save beside it."""
-    models.check_context(model, facts["seq_len"], "student")
-    size = max(facts["tokenizer"]["vocab_size"], facts["id_max"] + 1)
-    if models.logit_width(model) < size:
-        raise MismatchError(
-            f"vocabulary differs: the training set has ids up to {size - 1}, the student makes "
-            f"{models.logit_width(model)} logits; take a student of the same tokenizer"
-        )
-    wanted = facts["tokenizer"]["hash"]
-    if isinstance(student, str) and student not in models.FAMILY:
-        check_own_tokenizer(student, wanted, "student", "take a student of the same tokenizer")
-    if tokenizer is not None:
-        check_own_tokenizer(tokenizer, wanted, "tokenizer", "give the one that the rows were packed with")
-        return vocab.load_tokenizer(tokenizer)
-    folder = facts["home"] / "tokenizer"
-    return vocab.load_tokenizer(folder) if folder.is_dir() else None
-
-
-def _open_eval(eval_rows: str | None, facts: dict[str, Any]) -> RowsReader | None:
-    if eval_rows is None:
-        return None
-    held_out = RowsReader(eval_rows, "heldout")
-    check_same_rows(held_out, facts["tokenizer"]["hash"], facts["seq_len"])
-    trained_on = held_out.manifest["splits"].get("train", {}).get("fingerprint")
-    if trained_on != facts["fingerprint"]:
-        raise MismatchError(
-            f"rows differ: the training set was made from rows {str(facts['fingerprint'])[:12]}, {eval_rows} holds "
-            f"{str(trained_on)[:12]}; evaluate on the rows that were captured, or capture these"
-        )
-    if not len(held_out):
-        raise SourceError(f"{eval_rows} has no held-out rows; pack with heldout above 0, or leave eval_rows out")
-    return held_out
-
-
-def check_same_rows(rows: RowsReader, tokenizer_hash: str, seq_len: int) -> None:
-    """Refuse rows of another tokenizer or length than the training set's."""
-    if rows.tokenizer_hash != tokenizer_hash:
-        raise MismatchError(
-            f"tokenizer differs: the training set was made with {tokenizer_hash[:12]}, {rows.path} with "
-            f"{rows.tokenizer_hash[:12]}; pack both with one tokenizer"
-        )
-    if rows.seq_len != seq_len:
-        raise MismatchError(
-            f"packing differs: the training set has seq_len={seq_len}, {rows.path} has {rows.seq_len}; "
-            f"re-pack with seq_len={seq_len}"
-        )
-
-
-def _open_teacher(teacher: str | None, facts: dict[str, Any], recipe: dict[str, Any]) -> Any:
-    """The online teacher; plain rows take over its number of logits (which may be padded beyond the tokenizer)."""
-    if teacher is None:
-        raise RecipeError("method=full_kd runs the teacher online: give teacher=MODEL")
-    device = "cpu" if _on_cpu(recipe) else models.default_device()
-    model = models.open_model(teacher, dtype=recipe["dtype"] or "float32", device=device)
-    check_own_tokenizer(teacher, facts["tokenizer"]["hash"], "teacher", "pack the rows with the teacher's tokenizer")
-    models.check_context(model, facts["seq_len"], "teacher")
-    width = models.logit_width(model)
-    if width != facts["logit_width"] and (facts["of_cache"] or width < facts["logit_width"]):
-        raise MismatchError(
-            f"vocabulary differs: the training set has {facts['logit_width']} logits, teacher {teacher} makes "
-            f"{width}; give the teacher of the cache, or one of the rows' tokenizer"
-        )
-    facts["logit_width"] = width
-    return model
 
 
 # --- the run --------------------------------------------------------------------------------------------
@@ -362,7 +284,7 @@ def _finished(out: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
     """The metrics of a run that is complete; refuse a folder that belongs to another recipe."""
     if not (out / "recipe.json").exists():
         if out.exists() and not out.is_dir():
-            raise RecipeError(f"out={out} is a file; give a folder")
+            make_folder(out)  # refuses
         if out.exists() and any(out.iterdir()):
             raise MismatchError(f"{out} is not empty and holds no training run; give another out=FOLDER")
         return None
@@ -377,11 +299,11 @@ def _finished(out: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
     return json.loads(done.read_text()) if done.exists() else None
 
 
-def _check_unchanged(out: Path, facts: dict[str, Any]) -> None:
+def _check_unchanged(out: Path, identity: dict[str, Any]) -> None:
     """Refuse to go on with a run whose training set has been made anew, otherwise, under the same path."""
     path = out / "recipe.json"
-    old = json.loads(path.read_text())["data"] if path.exists() else facts["identity"]
-    for key, value in facts["identity"].items():
+    old = json.loads(path.read_text())["data"] if path.exists() else identity
+    for key, value in identity.items():
         if old.get(key) != value:
             raise MismatchError(
                 f"the training set's {key} differ: {out} was started with {old.get(key)}, they are {value} now; give "
@@ -428,12 +350,12 @@ def _finish(
     recipe: dict[str, Any],
     rows_per_step: int,
     seconds: list[float],
-    facts: dict[str, Any],
+    data: TrainingSet,
     tokenizer: Any,
 ) -> dict[str, Any]:
     """Save the student, its tokenizer and the metrics; metrics.json is written last: it marks the run as complete."""
     log, steps = _log(trainer.state.log_history), trainer.state.global_step
-    tokens_per_step = rows_per_step * facts["seq_len"]
+    tokens_per_step = rows_per_step * data.seq_len
     metrics = {
         "method": recipe["method"],
         "seed": recipe["seed"],
@@ -443,8 +365,8 @@ def _finish(
         # By the median step: a busy machine's stalls say nothing about the method.
         "tokens_per_second": tokens_per_step / statistics.median(seconds) if seconds else None,
         "train_loss": _mean_logged(log),
-        "fingerprint": facts["fingerprint"],
-        "tokenizer": facts["tokenizer"],
+        "fingerprint": data.fingerprint,
+        "tokenizer": data.tokenizer,
         "log": log,
     }
     trainer.save_model(str(out))

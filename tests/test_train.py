@@ -29,6 +29,7 @@ from sparsekd.errors import (
     ModelError,
     RecipeError,
     SourceError,
+    StorageError,
     VersionError,
 )
 from sparsekd.packed import RowsReader
@@ -402,7 +403,7 @@ def test_divergence_stops_the_run(world, tmp_path):
         ({"method": "kd"}, RecipeError, "method='kd' is not one of ce, cached, full_kd"),
         ({"schedule": "step"}, RecipeError, "schedule='step' is not one of cosine, constant"),
         ({"dtype": "float8"}, RecipeError, "dtype='float8' is not one of float32, bfloat16"),
-        ({"batch_size": 0}, RecipeError, "batch_size=0 must be at least 1"),
+        ({"batch_size": 0}, RecipeError, "batch_size=0 is too small; give at least 1"),
         ({"epochs": -1.0}, RecipeError, "epochs=-1.0 must be above 0"),
         ({"max_steps": 0}, RecipeError, "max_steps=0 must be at least 1, or -1"),
         ({"learning_rate": float("nan")}, RecipeError, "learning_rate=nan must be above 0"),
@@ -424,7 +425,7 @@ def test_settings_that_cannot_be(world, tmp_path, settings, error, words):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_a_device_that_is_not_there(world, tmp_path):
     """device=cuda without one, and a device that is none, are refused."""
-    for device, words in (("cuda", "torch finds no CUDA device here"), ("banana", "is not one of cpu, cuda")):
+    for device, words in (("cuda", "torch finds 0 accelerators"), ("banana", "is not one of cpu, cuda")):
         with pytest.raises(RecipeError, match=words):
             train(out=tmp_path / "s", student=STUDENT, cache=world.cache, device=device)
 
@@ -542,7 +543,7 @@ def test_folders_that_hold_something_else(world, tmp_path):
     with pytest.raises(MismatchError, match="is not empty and holds no training run"):
         run(world, tmp_path / "foreign")
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(RecipeError, match="is a file; give a folder"):
+    with pytest.raises(StorageError, match="is a file, not a folder; give another out"):
         run(world, tmp_path / "file")
     with pytest.raises(KeyboardInterrupt):
         run(world, tmp_path / "s", callbacks=[Interrupt(1)])
