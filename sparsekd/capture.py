@@ -105,12 +105,16 @@ def capture(
     jobs by `shard_range="a:b"`): the folder comes out byte-identical on the same hardware and software.
 
     Args:
-        rows: a folder of packed rows; `split` one of its splits.
+        rows: a folder of packed rows.
+        split: one of its splits.
         teacher: a local path or hub id of a causal language model.
-        sampler: a name of `SAMPLERS`, or {"name": ..., parameters}; random_sampling takes 50 rounds by default.
+        out: the folder that takes the cache.
+        sampler: a name of `SAMPLERS`, or {"name": ..., parameters}; random_sampling takes 50 rounds by default. On
+            the command line: sampler=top_k sampler.k=12.
         codec: a name of `codec.CODECS`; default: the smallest lossless one that fits.
         seed: of the draws.
-        batch_size, shard_rows: how rows pass the teacher; part of the cache's identity.
+        batch_size: rows that pass the teacher together; part of the cache's identity.
+        shard_rows: rows of a shard, the unit of resume; default: at most 4M tokens, and 16 shards of a small cache.
         dtype: of the teacher; default float32 on a CPU, bfloat16 on an accelerator.
         device: "cpu", "cuda" or "cuda:N"; default: the accelerator where there is one.
         threads: CPU threads (default: torch's own choice, which follows OMP_NUM_THREADS); the last bits of logits may

@@ -7,6 +7,7 @@ The same keys in YAML and on the command line. A user's error is one sentence an
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -24,11 +25,17 @@ app = typer.Typer(
 )
 
 Recipe = Annotated[str | None, typer.Option("--config", "-c", metavar="FILE", help="A recipe in YAML.")]
-Settings = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="Settings; see --settings.")]
-ShowSettings = Annotated[bool, typer.Option("--settings", help="List the settings with their defaults, and stop.")]
+Settings = Annotated[list[str] | None, typer.Argument(metavar="key=value", help="Settings, over those of the recipe.")]
+ShowSettings = Annotated[
+    bool, typer.Option("--settings", help="List all settings with their defaults and meaning, and stop.")
+]
 
 
-@app.command()
+def _example(verb: str, settings: str) -> str:
+    return f"For example: sparsekd {verb} {settings}. All settings: sparsekd {verb} --settings"
+
+
+@app.command(epilog=_example("pack", "source=corpus/*.jsonl tokenizer=train seq_len=256 out=rows"))
 def pack(config: Recipe = None, settings: Settings = None, show: ShowSettings = False) -> None:
     """Documents -> rows: tokenise, shuffle, join and cut to seq_len; train and held-out splits."""
     manifest = _run("pack", config, settings, show)
@@ -36,7 +43,7 @@ def pack(config: Recipe = None, settings: Settings = None, show: ShowSettings = 
         print(f"{name:>8}: {split['rows']:,} rows, {split['tokens']:,} tokens, {split['documents']:,} documents")
 
 
-@app.command()
+@app.command(epilog=_example("capture", "rows=rows teacher=MODEL out=cache sampler.rounds=50"))
 def capture(
     config: Recipe = None,
     settings: Settings = None,
@@ -64,7 +71,7 @@ def capture(
 def inspect(
     cache: Annotated[str, typer.Argument(help="A cache folder or URL.")],
     row: Annotated[int | None, typer.Option(help="Show this row as text with its targets.")] = None,
-    positions: Annotated[int, typer.Option(help="How many positions of the row.")] = 24,
+    positions: Annotated[int, typer.Option(min=1, help="How many positions of the row.")] = 24,
 ) -> None:
     """What is in a cache, in words and numbers; with --row, one row as text beside its targets."""
     from sparsekd.inspect import describe_cache
@@ -76,7 +83,7 @@ def inspect(
 def verify(
     cache: Annotated[str, typer.Argument(help="A cache folder or URL.")],
     teacher: Annotated[str | None, typer.Option(help="Recompute rows with this teacher and compare.")] = None,
-    rows: Annotated[int, typer.Option(help="How many random rows to recompute.")] = 16,
+    rows: Annotated[int, typer.Option(min=1, help="How many random rows to recompute.")] = 16,
 ) -> None:
     """Check every byte of a cache; with --teacher, draw random rows again and compare bit for bit."""
     from sparsekd.cache import CacheReader
@@ -105,17 +112,18 @@ def verify(
             )
 
 
-@app.command()
+@app.command(epilog=_example("train", "cache=cache student=tiny out=student eval_rows=rows"))
 def train(config: Recipe = None, settings: Settings = None, show: ShowSettings = False) -> None:
     """Cache -> student: a stock transformers Trainer on the cache alone. Run again to resume."""
-    metrics = _run("train", config, settings, show)
+    with _bar("step") as progress:
+        metrics = _run("train", config, settings, show, progress=False, callbacks=lambda: [_show_training(progress)])
     print(
         f"{metrics['method']}: {metrics['steps']:,} steps, {metrics['tokens']:,} tokens, "
         f"train loss {metrics['train_loss']:.3f}, {metrics['tokens_per_second'] or 0:,.0f} tokens/s"
     )
 
 
-@app.command()
+@app.command(epilog=_example("evaluate", "model=student rows=rows teacher=MODEL"))
 def evaluate(config: Recipe = None, settings: Settings = None, show: ShowSettings = False) -> None:
     """Model + held-out rows -> evaluation.json: loss, bits per byte, calibration, speculative acceptance."""
     with _bar("row") as progress:
@@ -148,15 +156,25 @@ def demo(
     run_demo(out, profile)
 
 
-def _run(verb: str, config: str | None, words: list[str] | None, show: bool, **more: Any) -> Any:
-    """Read the recipe and call the program."""
+def _run(
+    verb: str,
+    config: str | None,
+    words: list[str] | None,
+    show: bool,
+    callbacks: Callable[[], list[Any]] | None = None,
+    **more: Any,
+) -> Any:
+    """Read the recipe and call the program; `callbacks` makes what needs transformers, once the recipe is sound."""
     from sparsekd import recipes
 
     if show:
-        print(f"settings of {verb} (name, type, default):\n{recipes.settings_text(verb)}")
+        print(f"settings of {verb}, in YAML as key: value, on the command line as key=value\n")
+        print(recipes.settings_text(verb))
         raise typer.Exit
     values = recipes.read_recipe(verb, config, words or [])
     _quiet_transformers()
+    if callbacks is not None:
+        more["callbacks"] = callbacks()
     return recipes.stage(verb)(**values, **more)
 
 
@@ -199,6 +217,36 @@ def _capture_progress(bar: Any) -> Callable[[int, dict[str, Any]], None]:
     return show
 
 
+def _show_training(bar: Any) -> Any:
+    """A Trainer callback: a bar on a terminal, a line per log elsewhere, and a line per evaluation on both."""
+    from transformers import TrainerCallback
+
+    class ShowTraining(TrainerCallback):
+        def on_step_end(self, _args: Any, state: Any, _control: Any, **__: Any) -> None:
+            if state.is_world_process_zero:
+                bar(state.global_step, state.max_steps)
+
+        def on_log(self, _args: Any, state: Any, _control: Any, logs: dict[str, float], **__: Any) -> None:
+            if not state.is_world_process_zero:
+                return
+            step = f"step {state.global_step:,}/{state.max_steps:,}"
+            if "eval_loss" in logs:
+                _line(f"{step}  held-out loss {logs['eval_loss']:.4f}")
+            elif "loss" in logs and sys.stderr.isatty():
+                bar(state.global_step, state.max_steps, loss=f"{logs['loss']:.3f}")
+            elif "loss" in logs:
+                _line(f"{step}  loss {logs['loss']:.4f}")
+
+    return ShowTraining()
+
+
+def _line(text: str) -> None:
+    """A line on stderr that an open progress bar makes room for."""
+    from tqdm import tqdm
+
+    tqdm.write(text, file=sys.stderr)
+
+
 def _fail(message: str) -> None:
     print(f"sparsekd: {message}", file=sys.stderr)
     raise SystemExit(2)
@@ -213,9 +261,18 @@ def main() -> None:
     except (typer.Abort, KeyboardInterrupt):
         print("\nsparsekd: interrupted; what is written is kept, run the same command to go on", file=sys.stderr)
         raise SystemExit(130) from None
-    except BrokenPipeError:  # `sparsekd inspect ... | head`
-        sys.stderr.close()
+    except BrokenPipeError:  # `sparsekd inspect ... | head`: nobody reads on, the flush at exit included
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    except OSError as error:  # a file that went away, a right that is missing, a full disk
+        _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
     except Exception as error:
-        if type(error).__module__.startswith(("click", "typer")):  # a usage error of the command line itself
-            _fail(error.format_message() if hasattr(error, "format_message") else str(error))
-        raise
+        if not type(error).__module__.startswith(("click", "typer")):
+            raise
+        _fail(_usage(error))
+
+
+def _usage(error: Any) -> str:
+    """A usage error of the command line itself, with where to read on."""
+    path = getattr(getattr(error, "ctx", None), "command_path", "sparsekd")
+    message = error.format_message() if hasattr(error, "format_message") else str(error)
+    return f"{message.rstrip('.?')}; {path} --help shows what there is"

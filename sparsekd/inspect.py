@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import tempfile
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sparsekd.cache import CacheReader
+from sparsekd.cache import CacheReader, Row
+from sparsekd.errors import RecipeError
+from sparsekd.files import is_url, join
 
+Show = Callable[[np.ndarray], str]
+WIDTH = 100  # columns of the page
 _BAR = 40
 
 
@@ -38,59 +46,119 @@ def cache_stats(reader: CacheReader, sample_rows: int = 512) -> dict[str, Any]:
 
 
 def describe_cache(path: str, row: int | None = None, positions: int = 24) -> str:
-    """The page that `sparsekd inspect` prints: the whole cache, or one row decoded as text beside its targets."""
+    """The page that `sparsekd inspect` prints: the whole cache, or one row decoded as text beside its targets.
+
+    Raises:
+        RecipeError: there is no such row.
+    """
     with CacheReader(path) as reader:
-        return _overview(path, reader) if row is None else _row_as_text(path, reader, row, positions)
+        if row is None:
+            return _overview(path, reader)
+        if not -len(reader) <= row < len(reader):
+            raise RecipeError(f"row={row} is not in {path}; its rows are 0 to {len(reader) - 1}")
+        with _decoder(path) as show:
+            return _row_as_text(reader[row], len(reader), show, positions)
+
+
+# --- the whole cache ------------------------------------------------------------------------------------
 
 
 def _overview(path: str, reader: CacheReader) -> str:
-    spec, stats = reader.spec, cache_stats(reader)
-    sampler = {k: v for k, v in spec.sampler.items() if k not in ("name", "rng", "unbiased", "seed")}
-    settings = ", ".join(f"{k}={v}" for k, v in sampler.items())
-    lines = [
-        f"cache      {path}",
-        f"teacher    {spec.teacher.get('id')} ({spec.teacher.get('architecture')}, "
-        f"{spec.teacher.get('parameters', 0):,} parameters, {spec.teacher.get('dtype')}, "
-        f"weights {str(spec.teacher.get('weights'))[:12]})",
-        f"tokenizer  {spec.tokenizer.get('name')} ({spec.tokenizer.get('vocab_size'):,} tokens, "
-        f"hash {str(spec.tokenizer.get('hash'))[:12]}); the teacher makes {spec.logit_width:,} logits",
-        f"data       {_source(spec.data.get('source'))}, split {spec.data.get('split')}, packed with seed "
-        f"{spec.data.get('seed')} to rows of {spec.seq_len} ({str(spec.data.get('fingerprint'))[:12]})",
-        f"sampler    {spec.sampler['name']}({settings}), seed {spec.sampler.get('seed')}, "
-        f"{'unbiased' if spec.sampler.get('unbiased') else 'biased'}",
-        f"codec      {spec.codec['name']}",
-        "",
-        f"rows                    {stats['rows']:>14,}   in {len(reader.manifest['shards'])} shards",
-        f"tokens                  {stats['tokens']:>14,}   {stats['positions']:,} of them supervised targets",
-        f"size                    {_size(stats['bytes']):>14}",
-        f"bytes per token         {stats['bytes_per_token']:>14.1f}   "
-        f"{stats['target_bytes_per_token']:.1f} of targets, the rest input ids and index",
-        f"ids per token           {stats['unique_ids']['mean']:>14.1f}",
-        f"next token in the set   {stats['next_token_hit_rate']:>14.1%}   of positions",
-        f"mass on the next token  {stats['next_token_weight']:>14.1%}   on average",
-        "",
-        "ids per token",
-        *_histogram(stats["unique_ids"]["histogram"]),
+    stats = cache_stats(reader)
+    facts = [_fact(name, text) for name, text in _provenance(path, reader)]
+    return "\n".join([*facts, "", *_numbers(reader, stats), "", *_histogram(stats["unique_ids"]["histogram"])])
+
+
+def _provenance(path: str, reader: CacheReader) -> list[tuple[str, str]]:
+    spec = reader.spec
+    teacher, tokenizer, data = spec.teacher, spec.tokenizer, spec.data
+    return [
+        ("cache", path),
+        (
+            "teacher",
+            f"{teacher.get('id')} ({teacher.get('architecture')}, {teacher.get('parameters', 0):,} parameters, "
+            f"{teacher.get('dtype')}, weights {str(teacher.get('weights'))[:12]})",
+        ),
+        (
+            "tokenizer",
+            f"{tokenizer.get('name')} ({tokenizer.get('vocab_size'):,} tokens, hash "
+            f"{str(tokenizer.get('hash'))[:12]}); the teacher makes {spec.logit_width:,} logits",
+        ),
+        (
+            "data",
+            f"{_source(data.get('source'))}; split {data.get('split')}, packed with seed {data.get('seed')} to rows "
+            f"of {spec.seq_len} tokens (fingerprint {str(data.get('fingerprint'))[:12]})",
+        ),
+        ("sampler", _sampler(spec.sampler)),
+        ("codec", spec.codec["name"]),
     ]
-    return "\n".join(lines)
+
+
+def _sampler(sampler: dict[str, Any]) -> str:
+    """Name, parameters that matter, seed: what a method's section would say."""
+    hidden = {"name", "rng", "unbiased", "seed"}
+    if sampler.get("temperature") == 1:
+        hidden.add("normalize")  # at temperature 1 there is nothing to normalise
+    parameters = ", ".join(f"{key}={value}" for key, value in sampler.items() if key not in hidden)
+    return f"{sampler['name']}({parameters}), seed {sampler.get('seed')}, " + (
+        "unbiased" if sampler.get("unbiased") else "biased"
+    )
 
 
 def _source(source: Any) -> str:
     """A manifest's description of where documents came from, in a few words."""
     if not isinstance(source, dict):
         return str(source)
-    parts = [str(value) for key, value in source.items() if key in ("kind", "id", "path", "paths", "python", "name")]
-    return " ".join(parts) or "unknown source"
+    kind = source.get("kind")
+    if kind == "list":
+        return ", ".join(_source(part) for part in source.get("parts", []))
+    if kind == "builtin":
+        return f"the standard library of Python {source.get('python')}"
+    if kind == "files":
+        count = source.get("files", 0)
+        files = "" if count == 1 else f"{count:,} files, "
+        return f"{source.get('source')} ({files}{_size(source.get('bytes', 0))})"
+    return f"{kind} {source.get('id') or source.get('path')}"
+
+
+def _numbers(reader: CacheReader, stats: dict[str, Any]) -> list[str]:
+    shards = len(reader.manifest["shards"])
+    rows = [
+        ("rows", f"{stats['rows']:,}", f"in {shards} shard{'s' * (shards != 1)}"),
+        ("tokens", f"{stats['tokens']:,}", f"{stats['positions']:,} of them are learnt"),
+        ("size", _size(stats["bytes"]), ""),
+        (
+            "bytes per token",
+            f"{stats['bytes_per_token']:.1f}",
+            f"{stats['target_bytes_per_token']:.1f} per learnt token are targets, the rest input ids and index",
+        ),
+        ("ids per token", f"{stats['unique_ids']['mean']:.1f}", "kept by the sampler, on average"),
+        ("next token kept", f"{stats['next_token_hit_rate']:.1%}", "of learnt tokens are among their own ids"),
+        ("mass on next token", f"{stats['next_token_weight']:.1%}", "on average"),
+    ]
+    return [f"{name:<20}{value:>14}   {words}".rstrip() for name, value, words in rows]
+
+
+def _fact(name: str, text: str) -> str:
+    return textwrap.fill(
+        text, WIDTH, initial_indent=f"{name:<11}", subsequent_indent=" " * 11, break_long_words=False,
+        break_on_hyphens=False,
+    )  # fmt: skip
 
 
 def _histogram(counts: list[int], most: int = 16) -> list[str]:
-    """Text bars; neighbouring sizes are joined so that there are at most `most` of them."""
-    width = max(1, -(-len(counts) // most))
-    joined = [sum(counts[start : start + width]) for start in range(0, len(counts), width)]
-    total, largest = max(sum(joined), 1), max([*joined, 1])
-    lines = []
+    """Text bars from the smallest size that occurs; neighbouring sizes are joined so that at most `most` remain."""
+    found = [size for size, count in enumerate(counts) if count]
+    if len(found) < 2:
+        return [f"ids per token: always {found[0]}"] if found else []
+    start = found[0]
+    width = -(-(len(counts) - start) // most)
+    joined = [sum(counts[first : first + width]) for first in range(start, len(counts), width)]
+    total, largest = sum(joined), max(joined)
+    lines = ["ids per token (share of tokens)"]
     for index, count in enumerate(joined):
-        first, last = index * width, min((index + 1) * width, len(counts)) - 1
+        first = start + index * width
+        last = min(first + width, len(counts)) - 1
         label = f"{first}" if first == last else f"{first}-{last}"
         lines.append(f"  {label:>9}  {'█' * round(_BAR * count / largest):<{_BAR}} {count / total:6.1%}")
     return lines
@@ -109,40 +177,93 @@ def _id_bytes(logit_width: int) -> int:
     return id_bytes(logit_width)
 
 
-def _row_as_text(path: str, reader: CacheReader, row: int, positions: int) -> str:
-    """Position by position: the token that was read, the one that follows, and what the teacher expected."""
-    record = reader[row]
-    show = _decoder(path)
-    lines = [
-        f"row {record.index} of {len(reader)}: {show(record.input_ids[: positions + 1])}",
-        "",
-        f"{'position':>8}  {'token':<16} {'next':<16} teacher's targets (* = the next token)",
-    ]
-    for p in range(min(positions, len(record.input_ids) - 1)):
-        if not record.supervised[p + 1]:
-            lines.append(f"{p:>8}  {show(record.input_ids[p : p + 1]):<16} (not supervised)")
-            continue
-        ids, weights = record.targets.ids[p], record.targets.weights[p]
-        order = np.argsort(-weights, kind="stable")[:6]
-        shown = [
-            f"{show(ids[k : k + 1])}{'*' if ids[k] == record.input_ids[p + 1] else ''} {weights[k]:.2f}"
-            for k in order
-            if weights[k] > 0
-        ]
-        more = int((weights > 0).sum()) - len(shown)
-        lines.append(
-            f"{p:>8}  {show(record.input_ids[p : p + 1]):<16} {show(record.input_ids[p + 1 : p + 2]):<16} "
-            f"{'  '.join(shown)}{f'  (+{more})' if more else ''}"
-        )
-    return "\n".join(lines)
+# --- one row --------------------------------------------------------------------------------------------
 
 
-def _decoder(path: str) -> Any:
+def _row_as_text(row: Row, rows: int, show: Show, positions: int) -> str:
+    """Position by position: the token that was read, the one that follows, and what the teacher expected.
+
+    Stretches that are not learnt (prompts, padding) take one line each.
+    """
+    shown, lines, last = 0, [], 0
+    for p, learnt in enumerate(row.supervised[1:]):
+        last = p + 1
+        if learnt:
+            lines.append(_position(row, p, show))
+            shown += 1
+        elif p == 0 or row.supervised[p]:
+            end = _end_of_stretch(row.supervised, p)
+            text = _cut(show(row.input_ids[p + 1 : end + 2]), WIDTH - 40)
+            lines.append(f"{f'{p}-{end}' if end > p else p:>8}  not learnt: {text}")
+        if shown == positions:
+            break
+    head = textwrap.wrap(f"row {row.index} of {rows}: {show(row.input_ids[: last + 1])}", WIDTH)
+    return "\n".join([*head, "", f"{'position':>8}  {'token':<16} {'next':<16} targets (* = the next token)", *lines])
+
+
+def _end_of_stretch(supervised: np.ndarray, p: int) -> int:
+    """The last position, from p on, whose next token is not learnt either."""
+    later = np.flatnonzero(supervised[p + 1 :])
+    return p + int(later[0]) - 1 if len(later) else len(supervised) - 2
+
+
+def _position(row: Row, p: int, show: Show) -> str:
+    read, following = (_cut(show(row.input_ids[at : at + 1]), 16) for at in (p, p + 1))
+    start = f"{p:>8}  {read:<16} {following:<16} "
+    return (start + _targets(row, p, show, WIDTH - len(start))).rstrip()
+
+
+def _targets(row: Row, p: int, show: Show, columns: int) -> str:
+    """The heaviest targets that fit into the columns, and how many more there are."""
+    ids, weights = row.targets.ids[p], row.targets.weights[p]
+    kept = int((weights > 0).sum())
+    text = ""
+    for done, k in enumerate(np.argsort(-weights, kind="stable")[:kept]):
+        star = "*" if ids[k] == row.input_ids[p + 1] else ""
+        entry = f"{_cut(show(ids[k : k + 1]), 20)}{star} {weights[k]:.2f}"
+        rest = f"  (+{kept - done - 1})" if done + 1 < kept else ""
+        if text and len(text) + 2 + len(entry) + len(rest) > columns:
+            return f"{text}  (+{kept - done})"
+        text += f"  {entry}" if text else entry
+    return text
+
+
+def _cut(text: str, columns: int) -> str:
+    return text if len(text) <= columns else text[: columns - 2] + "…'"
+
+
+@contextmanager
+def _decoder(path: str) -> Iterator[Show]:
     """ids -> text in quotes, or the bare ids when the cache carries no tokenizer."""
-    folder = Path(path) / "tokenizer"
-    if not folder.is_dir():
-        return lambda ids: " ".join(map(str, ids))
-    from sparsekd.vocab import load_tokenizer
+    with _local_tokenizer(path) as folder:
+        if folder is None:
+            yield lambda ids: " ".join(map(str, ids))
+            return
+        from sparsekd.vocab import load_tokenizer
 
-    tokenizer = load_tokenizer(folder)
-    return lambda ids: repr(tokenizer.decode([int(i) for i in ids], clean_up_tokenization_spaces=False))
+        tokenizer = load_tokenizer(folder)
+
+    def show(ids: np.ndarray) -> str:
+        text = tokenizer.decode([int(i) for i in ids], clean_up_tokenization_spaces=False)
+        if len(ids) == 1 and "\ufffd" in text:
+            return f"<id {ids[0]}>"  # part of a character: its bytes are no text by themselves
+        return repr(text)
+
+    yield show
+
+
+@contextmanager
+def _local_tokenizer(path: str) -> Iterator[Path | None]:
+    """The cache's tokenizer folder, or None where it has none; a remote one is copied for as long as it is read."""
+    if not is_url(path):
+        folder = Path(path) / "tokenizer"
+        yield folder if folder.is_dir() else None
+        return
+    from fsspec.core import url_to_fs
+
+    files, root = url_to_fs(join(path, "tokenizer"))
+    with tempfile.TemporaryDirectory() as temporary:
+        copy = Path(temporary) / "tokenizer"
+        if files.exists(root):
+            files.get(f"{root.rstrip('/')}/", str(copy), recursive=True)
+        yield copy if copy.is_dir() else None

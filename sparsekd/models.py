@@ -130,7 +130,7 @@ def new_student(shape: str | dict[str, Any], *, vocab_size: int, seq_len: int, t
     from transformers import LlamaConfig, LlamaForCausalLM
 
     if isinstance(shape, str) and shape not in FAMILY:
-        return open_model(shape, device="cpu").train()
+        return _open_checkpoint(shape)
     settings = {"family": shape} if isinstance(shape, str) else dict(shape)
     family = settings.pop("family", "tiny")
     if family not in FAMILY:
@@ -142,6 +142,7 @@ def new_student(shape: str | dict[str, Any], *, vocab_size: int, seq_len: int, t
     sizes = FAMILY[family] | settings
     if "num_key_value_heads" not in settings:
         sizes["num_key_value_heads"] = min(sizes["num_key_value_heads"], sizes["num_attention_heads"])
+    _check_sizes(sizes)
     config = LlamaConfig(
         **{"vocab_size": vocab_size, "max_position_embeddings": max(seq_len, 64), "tie_word_embeddings": True} | sizes,
         bos_token_id=getattr(tokenizer, "bos_token_id", None),
@@ -149,6 +150,29 @@ def new_student(shape: str | dict[str, Any], *, vocab_size: int, seq_len: int, t
         pad_token_id=None,
     )
     return LlamaForCausalLM(config)
+
+
+def _open_checkpoint(path: str) -> Any:
+    try:
+        return open_model(path, device="cpu").train()
+    except ModelError as error:
+        if "/" in path or Path(path).exists():
+            raise
+        raise ModelError(
+            f"student={path!r} is not one of {', '.join(FAMILY)}, and no checkpoint either: {error}"
+        ) from None
+
+
+def _check_sizes(sizes: dict[str, Any]) -> None:
+    """What LlamaConfig refuses in other words, or divides by."""
+    for name, value in sizes.items():
+        if name in FAMILY["tiny"] and (type(value) is not int or value < 1):
+            raise RecipeError(f"student.{name}={value!r} is not a whole number of at least 1")
+    for many, few in (("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads")):
+        if sizes[many] % sizes[few] and not (many == "hidden_size" and sizes.get("head_dim")):
+            raise RecipeError(
+                f"student.{many}={sizes[many]} is not a multiple of student.{few}={sizes[few]}; change one of them"
+            )
 
 
 def inner_model(model: Any) -> Any:

@@ -67,12 +67,21 @@ def pack(
     names, number and total size are compared.
 
     Args:
-        source, field, text_by, prompt_field, response_field, revision: see `corpus.documents`.
-        data_split: which split of a `datasets` source to read.
+        source: a file, a folder, a glob, a `datasets` id ("id" or "id:config"), a list of those, or "builtin": the
+            standard library of this Python. Text, JSON lines and Parquet are told apart by their names.
         tokenizer: a folder, a model id, an open tokenizer, or "train": a byte-level BPE with `vocab_size`
             entries learnt from the first 10^8 characters of all documents, held-out ones included.
         seq_len: tokens per row, at least 2.
+        out: the folder that takes the rows.
+        seed: of the documents' order and of the choice of held-out ones.
         heldout: share of the documents, in [0, 1), that goes to the split "heldout".
+        field: the field of a record that is its text, or its list of chat messages; default: "text", or what the
+            record plainly is.
+        text_by: what one document is in a text file: "document" (the file), "paragraph" or "line".
+        prompt_field, response_field: the two sides of a record; only the response is learnt.
+        data_split: which split of a `datasets` source to read.
+        revision: which commit, tag or branch of a `datasets` id.
+        vocab_size: entries of the tokenizer when it is trained.
         limit_tokens: stop reading after the document that reaches it.
 
     Raises:

@@ -75,7 +75,7 @@ def load_tokenizer(source: str | Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(path) if path.exists() else str(source))
     except Exception as error:  # OSError, ValueError, KeyError, hub errors: transformers has no common class
-        first_line = str(error).strip().partition("\n")[0]
+        first_line = str(error).strip().partition("\n")[0].rstrip(".")
         raise SourceError(
             f"the tokenizer {str(source)!r} cannot be opened: {first_line}; "
             "give a folder that save_pretrained wrote, or a model's id"
