@@ -35,6 +35,8 @@ def fused_linear_sparse_kl(
     labels: Tensor | None = None,
     ce_weight: float = 0.0,
     temperature: float = 1.0,
+    residual: str = "none",
+    token_weights: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
     num_items_in_batch: Tensor | int | None = None,
@@ -69,7 +71,8 @@ def fused_linear_sparse_kl(
     if targets.ids.shape[:-1] != positions:
         raise ValueError(f"hidden {tuple(hidden.shape)} and targets {tuple(targets.ids.shape)} differ in positions")
     keep = kept_positions(positions, labels, ignore_index, hidden.device)
-    flat_labels = safe_labels(labels, keep).flatten() if ce_weight else None
+    mix = Mix(ce_weight=ce_weight, temperature=temperature, residual=residual)
+    flat_labels = safe_labels(labels, keep).flatten() if mix.needs_labels else None
     if num_items_in_batch is not None:
         items = torch.as_tensor(num_items_in_batch, device=hidden.device)
     else:
@@ -84,7 +87,8 @@ def fused_linear_sparse_kl(
         flat_labels,
         keep.flatten(),
         items,
-        Mix(ce_weight=ce_weight, temperature=temperature),
+        None if token_weights is None else token_weights.to(hidden.device).flatten(),
+        mix,
         HeadForm(scale=scale, softcap=softcap),
         chunk_rows,
     )
@@ -105,6 +109,7 @@ class _FusedLoss(torch.autograd.Function):
         labels: Tensor | None,
         keep: Tensor,
         items: Tensor,
+        token_weights: Tensor | None,
         mix: Mix,
         form: HeadForm,
         chunk_rows: int | None,
@@ -128,8 +133,11 @@ class _FusedLoss(torch.autograd.Function):
                 slope = None if form.softcap is None else 1 - (logits_CV / form.softcap).square_()
                 targets = SparseTargets(ids=ids[part], weights=weights[part].to(working))
                 part_labels = None if labels is None else labels[part]
-                each = (1 / items.to(working)).expand(len(part)) if any(want) else None
-                loss += losses_(logits_CV, targets, part_labels, mix, each).sum()
+                factors = torch.ones((), dtype=working, device=head.device).expand(len(part))
+                if token_weights is not None:
+                    factors = token_weights[part].to(working)
+                each = factors / items.to(working) if any(want) else None
+                loss += (losses_(logits_CV, targets, part_labels, mix, each) * factors).sum()
                 if any(want):
                     if slope is not None:
                         logits_CV *= slope
@@ -144,7 +152,7 @@ class _FusedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gradients = [None if g is None else g * grad.to(g.dtype) for g in ctx.gradients]
-        return (*gradients, *[None] * 8)
+        return (*gradients, *[None] * 9)
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:

@@ -1,12 +1,14 @@
 """Distillation losses on logits, one function per equation, with hand-written gradients.
 
 Shapes: N positions (any leading shape), V vocabulary, K kept ids, C rows of a chunk.
-With z the student's logits, t the targets, S = Σt their sum, y the label, α the CE weight and T the temperature:
+With z the student's logits, p = softmax(z/T), t the targets, S = Σt their sum, y the label, α the CE weight and T the
+temperature:
 
-    loss     = (1-α) T² Σ_i t_i (log t_i - log softmax(z/T)_i)  -  α log softmax(z)_y
-    dloss/dz = (1-α) T  (S softmax(z/T) - t)  +  α (softmax(z) - onehot(y))          (paper, eq. 4 and section 5.3)
+    loss     = (1-α) T² Σ_i t_i (log t_i - log p_i)  -  α log softmax(z)_y
+    dloss/dz = (1-α) T  (S p - t)  +  α (softmax(z) - onehot(y))                     (paper, eq. 4 and section 5.3)
 
-S need not be 1. Gradients are exact for every S: nothing is renormalised behind the caller's back.
+S need not be 1. Gradients are exact for every S: nothing is renormalised behind the caller's back. What becomes of the
+missing mass 1 - S is the caller's choice, one of `residuals.RESIDUALS`.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sparsekd.residuals import RESIDUALS, Treated
 from sparsekd.targets import SparseTargets
 
 # Rows of a [N, V] tensor are worked on in chunks of about this size, so temporaries stay far below [N, V].
@@ -27,10 +30,11 @@ CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mix:
-    """How a position's loss is put together: α, T, and whether Σ t log t (a constant) is part of it."""
+    """How a position's loss is put together: α, T, the missing mass, and whether the constant Σ t log t is part."""
 
     ce_weight: float = 0.0
     temperature: float = 1.0
+    residual: str = "none"
     entropy: bool = True
 
     def __post_init__(self) -> None:
@@ -38,6 +42,13 @@ class Mix:
             raise ValueError(f"ce_weight={self.ce_weight} is out of range: 0 to 1")
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature} must be positive")
+        if self.residual not in RESIDUALS:
+            raise ValueError(f"residual={self.residual!r} is not one of {', '.join(RESIDUALS)}")
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether the loss reads the true next token."""
+        return self.ce_weight > 0 or self.residual == "label"
 
 
 def sparse_kl(
@@ -47,6 +58,8 @@ def sparse_kl(
     labels: Tensor | None = None,
     ce_weight: float = 0.0,
     temperature: float = 1.0,
+    residual: str = "none",
+    token_weights: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
     num_items_in_batch: Tensor | int | None = None,
@@ -67,12 +80,15 @@ def sparse_kl(
         labels: [...] int64; positions equal to `ignore_index` count for nothing. Needed when ce_weight > 0.
         ce_weight: α in [0, 1].
         temperature: T of the student's softmax in the KL term.
+        residual: what becomes of the teacher's mass that the targets left out; a name of `residuals.RESIDUALS`.
+        token_weights: [...] factors of the positions' losses (see `hard_token_weights`); the mean still divides by the
+            number of positions.
         reduction: "mean" over positions that are not ignored, "sum", or "none" ([...], 0 where ignored).
         num_items_in_batch: divides the sum instead of the count, so that gradient accumulation and data
             parallelism weigh every position alike (as transformers' Trainer passes it).
     """
-    mix = Mix(ce_weight=ce_weight, temperature=temperature)
-    return _sparse_loss(logits, targets, labels, mix, ignore_index, reduction, num_items_in_batch)
+    mix = Mix(ce_weight=ce_weight, temperature=temperature, residual=residual)
+    return _sparse_loss(logits, targets, labels, mix, token_weights, ignore_index, reduction, num_items_in_batch)
 
 
 def sparse_ce(
@@ -82,6 +98,8 @@ def sparse_ce(
     labels: Tensor | None = None,
     ce_weight: float = 0.0,
     temperature: float = 1.0,
+    residual: str = "none",
+    token_weights: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
     num_items_in_batch: Tensor | int | None = None,
@@ -90,8 +108,8 @@ def sparse_ce(
 
     The same gradient; the value is an unbiased estimate of the cross-entropy to the full teacher.
     """
-    mix = Mix(ce_weight=ce_weight, temperature=temperature, entropy=False)
-    return _sparse_loss(logits, targets, labels, mix, ignore_index, reduction, num_items_in_batch)
+    mix = Mix(ce_weight=ce_weight, temperature=temperature, residual=residual, entropy=False)
+    return _sparse_loss(logits, targets, labels, mix, token_weights, ignore_index, reduction, num_items_in_batch)
 
 
 def full_kl(
@@ -131,6 +149,7 @@ def _sparse_loss(
     targets: SparseTargets | Any,
     labels: Tensor | None,
     mix: Mix,
+    token_weights: Tensor | None,
     ignore_index: int,
     reduction: str,
     num_items_in_batch: Tensor | int | None,
@@ -141,10 +160,11 @@ def _sparse_loss(
             f"logits {tuple(logits.shape)} and targets {tuple(targets.ids.shape)} differ in their positions"
         )
     keep = kept_positions(logits.shape[:-1], labels, ignore_index, logits.device)
-    flat_labels = safe_labels(labels, keep).flatten() if mix.ce_weight else None
+    flat_labels = safe_labels(labels, keep).flatten() if mix.needs_labels else None
     flat = targets.flatten()
     losses: Tensor = _SparseLoss.apply(logits.flatten(0, -2), flat.ids, flat.weights, flat_labels, mix)
-    return reduce(losses.view(keep.shape) * keep, keep, reduction, num_items_in_batch)
+    factors = keep if token_weights is None else keep * token_weights.to(losses.device)
+    return reduce(losses.view(keep.shape) * factors, keep, reduction, num_items_in_batch)
 
 
 class _SparseLoss(torch.autograd.Function):
@@ -192,24 +212,78 @@ def losses_(
     alpha, temperature = mix.ce_weight, mix.temperature
     if temperature != 1 and alpha:  # two different softmaxes: a second chunk-sized buffer
         return _two_softmaxes_(logits_CV, targets, labels, mix, gradient_scale)
+    treated = RESIDUALS[mix.residual](targets, labels, logits_CV.shape[-1])
     logits_CV /= temperature
-    picked = logits_CV.gather(-1, targets.ids)
+    # A padding entry must not meet a student's logit of -inf: 0 * inf is NaN.
+    picked = logits_CV.gather(-1, treated.ids).where(treated.weights > 0, treated.weights.new_zeros(()))
+    all_logits = None if treated.uniform is None else logits_CV.sum(-1)
     label_logit = logits_CV.gather(-1, labels[:, None])[:, 0] if alpha and labels is not None else None
     log_total = _softmax_numerator_(logits_CV)
-    mass, kd_scale = targets.weights.sum(-1), (1 - alpha) * temperature**2
-    losses = kd_scale * (mass * log_total - (targets.weights * picked).sum(-1))
-    if mix.entropy:
-        losses += kd_scale * torch.xlogy(targets.weights, targets.weights).sum(-1)
+    total = logits_CV.sum(-1)
+    share, log_rest = _outside(logits_CV, treated, total)
+    kd_scale = (1 - alpha) * temperature**2
+    losses = kd_scale * _kd_losses(treated, picked, all_logits, log_total, log_rest, mix.entropy, logits_CV.shape[-1])
     if label_logit is not None:
         losses += alpha * (log_total - label_logit)
     if gradient_scale is not None:
         outer = gradient_scale / temperature
-        total = logits_CV.sum(-1)
-        logits_CV *= (outer * (kd_scale * mass + alpha) / total)[:, None]
-        logits_CV.scatter_add_(-1, targets.ids, (-outer * kd_scale)[:, None] * targets.weights)
+        logits_CV *= (outer * (kd_scale * share + alpha) / total)[:, None]
+        added = -kd_scale * treated.weights
+        if log_rest is not None:  # the kept ids were taken out: they get p - t, not a difference of large numbers
+            added += (kd_scale + alpha) * _inside(picked, log_total, treated)
+        logits_CV.scatter_add_(-1, treated.ids, outer[:, None] * added)
+        if treated.uniform is not None:
+            logits_CV -= (outer * kd_scale * treated.uniform)[:, None]
         if label_logit is not None and labels is not None:
             logits_CV.scatter_add_(-1, labels[:, None], (-outer * alpha)[:, None])
     return losses
+
+
+def _kd_losses(
+    treated: Treated,
+    picked: Tensor,
+    all_logits: Tensor | None,
+    log_total: Tensor,
+    log_rest: Tensor | None,
+    entropy: bool,
+    vocab_size: int,
+) -> Tensor:
+    """Σ τ (log τ - log p) over all ids, [C], where τ is the treated target; without Σ τ log τ unless `entropy`."""
+    weights = treated.weights
+    losses = weights.sum(-1) * log_total - (weights * picked).sum(-1)
+    if treated.uniform is not None and all_logits is not None:
+        losses += treated.uniform * (vocab_size * log_total - all_logits)
+        weights = torch.where(weights > 0, weights + treated.uniform[:, None], weights)
+        alone = vocab_size - (weights > 0).sum(-1)
+        if entropy:
+            losses += alone * torch.xlogy(treated.uniform, treated.uniform)
+    if log_rest is not None:
+        rest = treated.missing()
+        losses -= rest * log_rest
+        if entropy:
+            losses += torch.xlogy(rest, rest)
+    return losses + torch.xlogy(weights, weights).sum(-1) if entropy else losses
+
+
+def _outside(numerators_CV: Tensor, treated: Treated, total: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What multiplies p in the gradient, [C], and for the ghost token the log of the student's mass outside the set.
+
+    The mass outside is summed over the ids outside: 1 - Σ_K p would cancel where the set holds nearly everything. A
+    ghost's kept ids are left at 0 in the buffer.
+    """
+    mass = treated.weights.sum(-1)
+    if not treated.ghost:
+        uniform = 0 if treated.uniform is None else treated.uniform * numerators_CV.shape[-1]
+        return mass + uniform, None
+    inside = numerators_CV.gather(-1, treated.ids) * (treated.weights > 0)
+    numerators_CV.scatter_add_(-1, treated.ids, -inside)
+    rest = numerators_CV.sum(-1).clamp(min=torch.finfo(total.dtype).tiny)
+    return 1 - treated.missing() * total / rest, rest.log() - total.log()
+
+
+def _inside(picked: Tensor, log_total: Tensor, treated: Treated) -> Tensor:
+    """The student's probabilities of the kept ids, [C, K], 0 at padding."""
+    return (picked - log_total[:, None]).exp() * (treated.weights > 0)
 
 
 def _softmax_numerator_(logits_CV: Tensor) -> Tensor:
@@ -233,8 +307,8 @@ def _two_softmaxes_(
     scales = (None, None) if gradient_scale is None else (alpha * gradient_scale, (1 - alpha) * gradient_scale)
     none = SparseTargets(ids=targets.ids[:, :0], weights=targets.weights[:, :0])
     losses = alpha * losses_(hard, none, labels, Mix(ce_weight=1.0), scales[0])
-    soft = Mix(temperature=mix.temperature, entropy=mix.entropy)
-    losses += (1 - alpha) * losses_(logits_CV, targets, None, soft, scales[1])
+    soft = Mix(temperature=mix.temperature, residual=mix.residual, entropy=mix.entropy)
+    losses += (1 - alpha) * losses_(logits_CV, targets, labels, soft, scales[1])
     logits_CV += hard
     return losses
 
@@ -251,7 +325,7 @@ def kept_positions(shape: torch.Size, labels: Tensor | None, ignore_index: int, 
 def safe_labels(labels: Tensor | None, keep: Tensor) -> Tensor:
     """Labels with 0 at ignored positions, so that they can be gathered."""
     if labels is None:
-        raise ValueError("ce_weight > 0 needs labels")
+        raise ValueError("ce_weight > 0 and residual='label' need labels")
     return labels.to(keep.device).where(keep, torch.zeros((), dtype=labels.dtype, device=keep.device))
 
 

@@ -165,7 +165,7 @@ def test_rows_beyond_a_chunk_change_nothing(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"ce_weight": 0.5}, "ce_weight > 0 needs labels"),
+        ({"ce_weight": 0.5}, "ce_weight > 0 and residual=.label. need labels"),
         ({"ce_weight": 1.5, "labels": torch.zeros(N, dtype=torch.long)}, "ce_weight=1.5 is out of range"),
         ({"temperature": 0.0}, "temperature=0.0 must be positive"),
         ({"reduction": "avg"}, "reduction='avg' is not one of mean, sum, none"),
