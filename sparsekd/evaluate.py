@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from sparsekd import metrics, models
+from sparsekd.checks import check_at_least, make_folder
 from sparsekd.errors import MismatchError, RecipeError, SourceError
+from sparsekd.files import write_atomically
 from sparsekd.packed import RowsReader
 from sparsekd.samplers import sample
 
@@ -48,7 +50,8 @@ def evaluate(
         progress: called with (rows done, rows in all).
 
     Returns:
-        loss (nats per token), perplexity, bits_per_byte, ece and reliability (15 bins, Guo et al. 2017), accuracy;
+        loss (nats per token), perplexity, bits_per_byte (at the whole split's tokens per byte), ece and reliability
+        (15 bins, Guo et al. 2017), accuracy;
         with a teacher also acceptance (Σ min(p, q), the expected speculative acceptance of a drafted token),
         agreement (same top token) and teacher_kl (nats, KL(teacher || model)).
 
@@ -83,7 +86,8 @@ def evaluate(
     result = _plain(_result(tally, bins, reader.manifest["splits"][split]))
     target = Path(out) if out else Path(model) if Path(model).is_dir() else None
     if target is not None:
-        _write_json(target / "evaluation.json", result)
+        text = json.dumps(result, indent=1, allow_nan=False) + "\n"
+        write_atomically(make_folder(target) / "evaluation.json", text.encode())
     return result
 
 
@@ -127,9 +131,7 @@ def unique_ids(
 
 
 def _open_rows(rows: str | Path, split: str, **sizes: int | None) -> RowsReader:
-    for name, size in sizes.items():
-        if size is not None and size < 1:
-            raise RecipeError(f"{name}={size} must be at least 1")
+    check_at_least(1, **sizes)
     reader = RowsReader(rows, split)
     if not len(reader):
         raise SourceError(f"{rows} has no rows in split {split!r}; pack with heldout above 0, or name another split")
@@ -206,10 +208,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
-    temporary.replace(path)

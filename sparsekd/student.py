@@ -6,6 +6,8 @@ the model (Trainer, DDP, FSDP, PEFT, autocast) stays in charge. Shapes: B rows, 
 
 from __future__ import annotations
 
+import math
+import time
 import types
 from collections.abc import Sequence
 from typing import Any
@@ -225,6 +227,39 @@ def _mean_loss(trainer: Any, rows: Any) -> float:
             sums += torch.stack([loss.double() * tokens, torch.as_tensor(tokens, device=device).double()])
     total, count = trainer.accelerator.reduce(sums, "sum").tolist()
     return total / count if count else float("nan")
+
+
+def pace(*, evaluates: bool) -> Any:
+    """A callback that times each step by itself (evaluation and checkpoints are not training speed), ends the run
+    without a checkpoint, and stops when the loss is no number.
+
+    The run's own end is no checkpoint: Trainer, resumed there in mid-epoch, would take one step too many.
+    Losses are logged wherever a checkpoint is made, so that the log of a resumed run equals an uninterrupted one's.
+    """
+    from transformers import TrainerCallback
+
+    class Pace(TrainerCallback):
+        def __init__(self) -> None:
+            self.seconds: list[float] = []
+            self.started = 0.0
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.started = time.perf_counter()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.seconds.append(time.perf_counter() - self.started)
+            if state.global_step >= state.max_steps:
+                control.should_save, control.should_log, control.should_evaluate = False, True, evaluates
+            control.should_log = control.should_log or control.should_save
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+            if not math.isfinite(logs.get("loss", 0.0)):
+                raise ModelError(
+                    f"the loss is {logs['loss']} at step {state.global_step}: training has diverged; lower "
+                    "learning_rate, lengthen warmup_ratio or lower max_grad_norm"
+                )
+
+    return Pace()
 
 
 def _replace_forward(inner: Any, forward: Any) -> None:

@@ -13,8 +13,9 @@ from typing import Any
 
 from sparsekd import models
 from sparsekd.checks import check_at_least, make_folder
-from sparsekd.errors import MismatchError, ModelError, RecipeError
-from sparsekd.student import CacheDataset, SparseKDCollator, attach_full_kd, attach_sparse_kd, student_trainer
+from sparsekd.errors import MismatchError, RecipeError
+from sparsekd.files import write_atomically
+from sparsekd.student import CacheDataset, SparseKDCollator, attach_full_kd, attach_sparse_kd, pace, student_trainer
 from sparsekd.training_set import (
     TrainingSet,
     check_student,
@@ -97,20 +98,40 @@ def train(
 
     Args:
         student: a name of `models.FAMILY`, a dict of sizes, or a checkpoint (path or hub id).
-        cache: the training set (rows and targets); `rows`: plain rows, for "ce" and "full_kd" without a cache.
+        cache: the training set: rows and targets.
+        rows: plain packed rows instead, for "ce" and "full_kd".
         method: "cached" learns what the cache holds, "ce" the next token, "full_kd" an online `teacher`.
+        teacher: of "full_kd": a folder or hub id.
         tokenizer: the student's, when its checkpoint brings none (default: the cache's own).
-        eval_rows: packed rows whose held-out split (its first `eval_limit` rows) is evaluated every `eval_steps`
-            steps (0: only at the end).
+        eval_rows: packed rows whose held-out split is evaluated: mean cross-entropy over its supervised tokens.
         seed: of the student's initial weights and of the order of rows.
         epochs: passes over the rows, unless `max_steps` is given; the rows that do not fill a last step are left out,
             other ones in each epoch.
+        max_steps: optimizer steps of the whole run; -1 goes by `epochs`.
         batch_size: rows of one process's forward; a step takes batch_size x grad_accum x processes rows.
+        grad_accum: forwards before each optimizer step.
+        learning_rate: the highest one.
         schedule: "cosine" falls from `learning_rate` to `min_lr_ratio` of it, "constant" stays; both rise linearly
             from 0 over the first `warmup_ratio` of the steps.
+        min_lr_ratio: of `learning_rate`, where "cosine" ends.
+        warmup_ratio: share of the steps.
+        weight_decay: AdamW's; biases and norms have none.
+        adam_betas: AdamW's two decay rates.
+        max_grad_norm: gradients are scaled down to this 2-norm; 0 leaves them.
         ce_weight: α of α CE + (1-α) KD (paper, section 5.3).
-        dtype: "float32", or "bfloat16" for mixed precision.
+        dtype: "float32", or "bfloat16" for mixed precision (weights stay float32).
         device: "cpu" or "cuda" (one per process; choose among several by CUDA_VISIBLE_DEVICES).
+        gradient_checkpointing: compute activations twice instead of keeping them.
+        dataloader_workers: processes that read rows ahead.
+        log_steps: steps between logged losses.
+        eval_steps: steps between evaluations; 0: only at the end.
+        eval_limit: only the first rows of the held-out split.
+        save_steps: steps between checkpoints: what an interruption loses at most.
+        keep_checkpoints: how many of the newest are kept.
+        report_to: "none", or trackers that transformers knows ("tensorboard", "wandb", ...).
+        run_name: for the trackers.
+        progress: show a progress bar and the log.
+        callbacks: further `transformers.TrainerCallback`s.
 
     Raises:
         MismatchError, RecipeError, CacheError, ModelError, SourceError: before the first step.
@@ -144,14 +165,14 @@ def train(
             train_dataset=CacheDataset(data.rows, seed=seed, multiple_of=rows_per_step),
             eval_dataset=None if heldout is None else CacheDataset(heldout, shuffle=False, limit=eval_limit),
             data_collator=SparseKDCollator(with_targets=method == "cached"),
-            callbacks=[pace := _pace(heldout is not None), *(callbacks or [])],
+            callbacks=[clock := pace(evaluates=heldout is not None), *(callbacks or [])],
         )
         if not progress:
             _silence(trainer)
         if trainer.is_world_process_zero():
             _write_json(out / "recipe.json", recipe | {"data": data.identity})
         trainer.train(resume_from_checkpoint=_last_checkpoint(out))
-        return _finish(trainer, out, recipe, rows_per_step, pace.seconds, data, text_tokenizer)
+        return _finish(trainer, out, recipe, rows_per_step, clock.seconds, data, text_tokenizer)
     finally:
         data.close()
 
@@ -311,39 +332,6 @@ def _check_unchanged(out: Path, identity: dict[str, Any]) -> None:
             )
 
 
-def _pace(evaluates: bool) -> Any:
-    """A callback that times each step by itself (evaluation and checkpoints are not training speed), ends the run
-    without a checkpoint, and stops when the loss is no number.
-
-    The run's own end is no checkpoint: Trainer, resumed there in mid-epoch, would take one step too many.
-    Losses are logged wherever a checkpoint is made, so that the log of a resumed run equals an uninterrupted one's.
-    """
-    from transformers import TrainerCallback
-
-    class Pace(TrainerCallback):
-        def __init__(self) -> None:
-            self.seconds: list[float] = []
-            self.started = 0.0
-
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.started = time.perf_counter()
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.seconds.append(time.perf_counter() - self.started)
-            if state.global_step >= state.max_steps:
-                control.should_save, control.should_log, control.should_evaluate = False, True, evaluates
-            control.should_log = control.should_log or control.should_save
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
-            if not math.isfinite(logs.get("loss", 0.0)):
-                raise ModelError(
-                    f"the loss is {logs['loss']} at step {state.global_step}: training has diverged; lower "
-                    "learning_rate, lengthen warmup_ratio or lower max_grad_norm"
-                )
-
-    return Pace()
-
-
 def _finish(
     trainer: Any,
     out: Path,
@@ -393,7 +381,4 @@ def _mean_logged(log: list[dict[str, Any]]) -> float:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
-    temporary.replace(path)
+    write_atomically(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
