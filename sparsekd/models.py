@@ -6,6 +6,7 @@ Shapes: B rows, L tokens, H hidden size, V logit width, C positions of a chunk.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,9 +141,11 @@ def new_student(shape: str | dict[str, Any], *, vocab_size: int, seq_len: int, t
     if unknown:
         raise RecipeError(f"unknown student setting {unknown[0]!r}; there are {', '.join(sorted(known))}")
     sizes = FAMILY[family] | settings
-    if "num_key_value_heads" not in settings:
-        sizes["num_key_value_heads"] = min(sizes["num_key_value_heads"], sizes["num_attention_heads"])
-    _check_sizes(sizes)
+    if "num_key_value_heads" not in settings:  # keep the family's grouping where it still divides
+        sizes["num_key_value_heads"] = math.gcd(sizes["num_key_value_heads"], sizes["num_attention_heads"])
+    for part, whole in (("num_key_value_heads", "num_attention_heads"), ("num_attention_heads", "hidden_size")):
+        if sizes[whole] % sizes[part]:
+            raise RecipeError(f"student.{whole}={sizes[whole]} is not a multiple of {part}={sizes[part]}")
     config = LlamaConfig(
         **{"vocab_size": vocab_size, "max_position_embeddings": max(seq_len, 64), "tie_word_embeddings": True} | sizes,
         bos_token_id=getattr(tokenizer, "bos_token_id", None),
