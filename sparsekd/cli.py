@@ -255,7 +255,11 @@ def _fail(message: str) -> None:
 def main() -> None:
     """The console script: our errors as one sentence and exit code 2, Ctrl-C as 130."""
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
+        if code == 130:  # newer typers turn Ctrl-C into this
+            raise KeyboardInterrupt
+        if code:
+            raise SystemExit(code)
     except SparseKDError as error:
         _fail(str(error))
     except (typer.Abort, KeyboardInterrupt):

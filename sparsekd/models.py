@@ -143,9 +143,7 @@ def new_student(shape: str | dict[str, Any], *, vocab_size: int, seq_len: int, t
     sizes = FAMILY[family] | settings
     if "num_key_value_heads" not in settings:  # keep the family's grouping where it still divides
         sizes["num_key_value_heads"] = math.gcd(sizes["num_key_value_heads"], sizes["num_attention_heads"])
-    for part, whole in (("num_key_value_heads", "num_attention_heads"), ("num_attention_heads", "hidden_size")):
-        if sizes[whole] % sizes[part]:
-            raise RecipeError(f"student.{whole}={sizes[whole]} is not a multiple of {part}={sizes[part]}")
+    _check_sizes(sizes)
     config = LlamaConfig(
         **{"vocab_size": vocab_size, "max_position_embeddings": max(seq_len, 64), "tie_word_embeddings": True} | sizes,
         bos_token_id=getattr(tokenizer, "bos_token_id", None),
@@ -174,7 +172,7 @@ def _check_sizes(sizes: dict[str, Any]) -> None:
     for many, few in (("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads")):
         if sizes[many] % sizes[few] and not (many == "hidden_size" and sizes.get("head_dim")):
             raise RecipeError(
-                f"student.{many}={sizes[many]} is not a multiple of student.{few}={sizes[few]}; change one of them"
+                f"student.{many}={sizes[many]} is not a multiple of {few}={sizes[few]}; change one of them"
             )
 
 

@@ -172,9 +172,10 @@ def _loader() -> Any:
     class Loader(yaml.SafeLoader):
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-            twice = next((key for number, key in enumerate(keys) if key in keys[:number]), None)
-            if twice is not None:
-                raise yaml.constructor.ConstructorError(None, None, f"{twice!r} is there twice", node.start_mark)
+            for number, key in enumerate(keys):
+                if key in keys[:number]:
+                    mark = node.value[number][0].start_mark
+                    raise yaml.constructor.ConstructorError(None, None, f"{key!r} is there twice", mark)
             return super().construct_mapping(node, deep)
 
     numbers = {f"tag:yaml.org,2002:{kind}" for kind in ("int", "float")}
@@ -182,7 +183,10 @@ def _loader() -> Any:
         first: [(tag, pattern) for tag, pattern in resolvers if tag not in numbers]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
-    for kind, pattern in (("int", r"[-+]?\d+"), ("float", r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?")):
+    for kind, pattern in (
+        ("int", r"[-+]?(0|[1-9]\d*)"),
+        ("float", r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?"),
+    ):
         Loader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(f"^{pattern}$"), list("-+.0123456789"))
     return Loader
 
@@ -203,7 +207,7 @@ def _set(values: dict[str, Any], word: str, textual: Collection[str] = ()) -> No
     for part in path:
         inner = values.get(part)
         if not isinstance(inner, dict):
-            inner = {} if inner is None else {_short_name(part): inner}
+            inner = {_short_name(part): inner} if isinstance(inner, str) else {}
         values[part] = inner
         values = inner
     if isinstance(values.get(last), dict) and isinstance(value, str):
