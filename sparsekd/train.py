@@ -154,6 +154,8 @@ def train(
         model = _open_student(student, data, seed, under_teacher=live is not None)
         text_tokenizer = open_tokenizer(tokenizer, data)
         make_folder(out)
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if method == "cached":
             attach_sparse_kd(model, ce_weight=ce_weight)
         elif live is not None:
@@ -213,8 +215,6 @@ def _arguments(recipe: dict[str, Any], steps: int, progress: bool) -> Any:
         warmup_steps=math.ceil(recipe["warmup_ratio"] * steps),
         bf16=recipe["dtype"] == "bfloat16",
         use_cpu=_on_cpu(recipe),
-        gradient_checkpointing=recipe["gradient_checkpointing"],
-        gradient_checkpointing_kwargs={"use_reentrant": False} if recipe["gradient_checkpointing"] else None,
         logging_steps=recipe["log_steps"],
         # A loss that is no number must show: Trainer would log the mean of the losses before it.
         logging_nan_inf_filter=False,

@@ -134,7 +134,7 @@ def monkeypatch_module():
     ("settings", "stop"),
     [
         pytest.param({"grad_accum": 2, "batch_size": 3}, 5, id="mid-epoch, accumulating"),
-        pytest.param({"batch_size": 40, "max_steps": 8}, 6, id="across an epoch"),
+        pytest.param({"batch_size": 40, "max_steps": 8, "log_steps": 5}, 7, id="across an epoch, logged seldom"),
         pytest.param({"batch_size": 40, "max_steps": 8, "dataloader_workers": 2}, 5, id="with workers"),
         pytest.param({"method": "ce", "dtype": "bfloat16"}, 3, id="bfloat16, at a checkpoint"),
     ],
@@ -142,7 +142,7 @@ def monkeypatch_module():
 def test_resuming_changes_nothing(world, tmp_path, rows_read, settings, stop):
     """A run stopped anywhere and resumed ends in the same bits, log and rows as one that never stopped."""
     rows_read.clear()
-    whole = run(world, tmp_path / "whole", save_steps=100, **settings)
+    whole = run(world, tmp_path / "whole", save_steps=3, **settings)
     order = list(rows_read)
     with pytest.raises(KeyboardInterrupt):
         run(world, tmp_path / "parts", save_steps=3, callbacks=[Interrupt(stop)], **settings)
