@@ -1,0 +1,305 @@
+"""A small language-model laboratory: rows and a teacher, caches and students made on demand and kept.
+
+The tables of `reproduce` are lists of arms (ways to train a student) over one lab: what two tables share is trained
+once, and an interrupted table goes on. Students of one seed share their initial weights and the order of their rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from sparsekd.errors import MismatchError, ModelError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Arm:
+    """One way to train a student.
+
+    Attributes:
+        label: in tables.
+        sampler: of the cache it learns from; None for "ce" and "full_kd".
+        codec: of that cache; None takes the default.
+        train: further settings of `sparsekd.train.train` (method, residual, ce_weight, ...).
+    """
+
+    label: str
+    sampler: dict[str, Any] | None = None
+    codec: str | None = None
+    train: dict[str, Any] = field(default_factory=dict)
+
+    def key(self) -> str:
+        """A folder name that hangs on what is done, not on how it is called."""
+        text = json.dumps({k: v for k, v in asdict(self).items() if k != "label"}, sort_keys=True)
+        name = self.sampler["name"] if self.sampler else self.train.get("method", "cached")
+        return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LabSettings:
+    """How large the lab's models and runs are; tokens of a student = steps * batch_size * seq_len."""
+
+    vocab_size: int = 1024
+    seq_len: int = 128
+    limit_tokens: int | None = 2_000_000
+    heldout: float = 0.05
+    teacher: dict[str, Any] = field(
+        default_factory=lambda: {
+            "family": "mini",
+            "hidden_size": 96,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 3,
+            "intermediate_size": 256,
+        }
+    )
+    teacher_steps: int = 450
+    student: str | dict[str, Any] = "tiny"
+    student_rows: int = 1600
+    student_steps: int = 200
+    batch_size: int = 16
+    learning_rate: float = 3e-3
+    eval_rows: int = 160
+    seeds: tuple[int, ...] = (0, 1, 2)
+    device: str | None = None
+    dtype: str | None = None
+
+
+SETTINGS = {
+    "smoke": LabSettings(
+        vocab_size=512,
+        seq_len=64,
+        limit_tokens=120_000,
+        teacher={"family": "tiny"},
+        teacher_steps=60,
+        student={"family": "tiny", "hidden_size": 32, "intermediate_size": 96},
+        student_rows=256,
+        student_steps=16,
+        eval_rows=24,
+        seeds=(0, 1),
+    ),
+    "quick": LabSettings(),
+    "full": LabSettings(vocab_size=2048, limit_tokens=None, teacher_steps=900, student_rows=4800, student_steps=600),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """An arm's students: one evaluation (`evaluation.json`) and one training log (`metrics.json`) for each seed."""
+
+    arm: Arm
+    evaluations: tuple[dict[str, Any], ...]
+    metrics: tuple[dict[str, Any], ...]
+    cache: dict[str, Any] | None
+
+    def diverged(self) -> bool:
+        """Whether any of its students ended without a finite loss."""
+        return any(e.get("diverged") or e["loss"]["mean"] is None for e in self.evaluations)
+
+    def losses(self) -> list[float]:
+        """Held-out loss by seed."""
+        return [e["loss"]["mean"] for e in self.evaluations]
+
+    def ids_per_token(self) -> float | None:
+        """Mean distinct ids per position of its cache."""
+        return None if self.cache is None else float(self.cache["unique_ids"]["mean"])
+
+
+class Lab:
+    """A folder with rows, a teacher, caches and students; everything is made when first asked for.
+
+    `rows` and `teacher` may be the user's own (a real model pair on a GPU); otherwise they are made from the built-in
+    corpus.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        settings: LabSettings,
+        *,
+        rows: str | None = None,
+        teacher: str | None = None,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.folder, self.settings, self.say = Path(folder), settings, say
+        self._rows, self._teacher = rows, teacher
+        self._claim()
+
+    def _claim(self) -> None:
+        """A lab folder belongs to one set of settings."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "lab.json"
+        text = json.dumps({**asdict(self.settings), "rows": self._rows, "teacher": self._teacher}, indent=1) + "\n"
+        text = json.dumps({k: v for k, v in json.loads(text).items() if k != "seeds"}, indent=1) + "\n"
+        if path.exists() and path.read_text() != text:
+            raise MismatchError(f"{self.folder} holds a lab with other settings; name another folder or remove it")
+        path.write_text(text)
+
+    def rows(self) -> str:
+        """The packed rows."""
+        if self._rows is None:
+            from sparsekd.rows import pack
+
+            s, self._rows = self.settings, str(self.folder / "rows")
+            pack(
+                source="builtin",
+                tokenizer="train",
+                vocab_size=s.vocab_size,
+                seq_len=s.seq_len,
+                heldout=s.heldout,
+                limit_tokens=s.limit_tokens,
+                out=self._rows,
+                progress=False,
+            )
+        return self._rows
+
+    def teacher(self) -> str:
+        """The teacher's folder, trained by cross-entropy when none was given."""
+        if self._teacher is None:
+            from sparsekd.train import train
+
+            s, self._teacher = self.settings, str(self.folder / "teacher")
+            if not (Path(self._teacher) / "metrics.json").exists():
+                self.say(f"  lab: training the teacher, {s.teacher_steps} steps")
+            train(
+                out=self._teacher,
+                student=s.teacher,
+                rows=self.rows(),
+                method="ce",
+                max_steps=s.teacher_steps,
+                batch_size=s.batch_size,
+                learning_rate=s.learning_rate,
+                save_steps=200,
+                device=s.device,
+                dtype=s.dtype,
+                progress=False,
+            )
+        return self._teacher
+
+    def text(self) -> str:
+        """What it reads, in a few words."""
+        if self._rows is not None and Path(self._rows) != self.folder / "rows":
+            return f"the rows in {self._rows}"
+        return f"the standard library's source text, vocabulary {self.settings.vocab_size}"
+
+    def cache(self, arm: Arm, *, teacher: str | None = None) -> str:
+        """The cache of an arm's sampler (captured when missing)."""
+        from sparsekd.cache import CacheReader
+        from sparsekd.capture import capture
+        from sparsekd.inspect import cache_stats
+
+        teacher = teacher or self.teacher()
+        sampler = arm.sampler or {"name": "top_k", "k": 1}
+        name = hashlib.sha256(json.dumps([sampler, arm.codec, teacher], sort_keys=True).encode()).hexdigest()[:10]
+        path = self.folder / "caches" / f"{sampler['name']}-{name}"
+        if not (path / "stats.json").exists():
+            capture(
+                rows=self.rows(),
+                teacher=teacher,
+                out=path,
+                sampler=sampler,
+                codec=arm.codec,
+                batch_size=32,
+                limit_rows=self.settings.student_rows,
+                device=self.settings.device,
+                dtype=self.settings.dtype,
+            )
+            with CacheReader(path) as reader:
+                (path / "stats.json").write_text(json.dumps(cache_stats(reader)) + "\n")
+        return str(path)
+
+    def run(
+        self, arms: Iterable[Arm], *, teacher: str | None = None, caches: dict[str, str] | None = None
+    ) -> list[Outcome]:
+        """Train and evaluate every arm at every seed; `caches` gives an arm (by label) a cache of its own."""
+        arms, seeds = list(arms), self.settings.seeds
+        paths = {a.label: (caches or {}).get(a.label) or self.cache(a, teacher=teacher) for a in arms}
+        jobs = [(a, seed) for seed in seeds for a in arms]
+        todo = {}
+        for arm, seed in jobs:
+            folder = self._student(arm, seed, paths[arm.label])
+            if not (folder / "evaluation.json").exists():
+                todo[folder] = (arm, seed, paths[arm.label])
+        self._train([(str(folder), *job) for folder, job in todo.items()], teacher)
+        return [self._outcome(arm, paths[arm.label]) for arm in arms]
+
+    def _student(self, arm: Arm, seed: int, cache: str) -> Path:
+        return self.folder / "students" / f"{arm.key()}-{Path(cache).name[-6:]}-s{seed}"
+
+    def _train(self, jobs: Sequence[tuple[str, Arm, int, str]], teacher: str | None) -> None:
+        """Students side by side, one CPU thread each; on an accelerator one after another."""
+        if not jobs:
+            return
+        models = (self.rows(), teacher or self.teacher())
+        workers = max(1, min(os.cpu_count() or 1, len(jobs))) if self.settings.device in (None, "cpu") else 1
+        self.say(f"  lab: training {len(jobs)} students")
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
+            futures = {pool.submit(_train_one, self.settings, models, job): job for job in jobs}
+            for done, future in enumerate(as_completed(futures), start=1):
+                _, arm, seed, _ = futures[future]
+                self.say(f"    {done:>3}/{len(jobs)}  {arm.label:<28} seed {seed}  loss {future.result():.3f}")
+
+    def _outcome(self, arm: Arm, cache: str) -> Outcome:
+        folders = [self._student(arm, seed, cache) for seed in self.settings.seeds]
+        stats = Path(cache) / "stats.json"
+        return Outcome(
+            arm=arm,
+            evaluations=tuple(json.loads((f / "evaluation.json").read_text()) for f in folders),
+            metrics=tuple(json.loads((f / "metrics.json").read_text()) for f in folders),
+            cache=json.loads(stats.read_text()) if arm.sampler and stats.exists() else None,
+        )
+
+
+def _train_one(s: LabSettings, models: tuple[str, str], job: tuple[str, Arm, int, str]) -> float:
+    """One student trained and evaluated, in a process of the pool; a run that diverges is recorded as infinite loss."""
+    from transformers.utils import logging
+
+    from sparsekd.evaluate import evaluate
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    (rows, teacher), (out, arm, seed, cache) = models, job
+    method = arm.train.get("method", "cached")
+    try:
+        _train_student(s, teacher, out, arm, seed, cache, method)
+        result = evaluate(model=out, rows=rows, teacher=teacher, batch_size=32, limit_rows=s.eval_rows, device=s.device)
+    except ModelError as error:  # what the paper writes as an infinite loss
+        result = {"diverged": str(error), "loss": {"mean": None, "standard_error": None}}
+        (Path(out) / "evaluation.json").write_text(json.dumps(result) + "\n")
+        (Path(out) / "metrics.json").write_text(json.dumps({"diverged": str(error)}) + "\n")
+    loss = result["loss"]["mean"]
+    return float("inf") if loss is None else float(loss)
+
+
+def _train_student(s: LabSettings, teacher: str, out: str, arm: Arm, seed: int, cache: str, method: str) -> None:
+    from sparsekd.train import train
+
+    train(
+        out=out,
+        student=s.student,
+        cache=cache,
+        teacher=teacher if method == "full_kd" else None,
+        seed=seed,
+        max_steps=s.student_steps,
+        batch_size=s.batch_size,
+        learning_rate=s.learning_rate,
+        log_steps=max(1, s.student_steps // 20),
+        save_steps=max(1, s.student_steps // 2),
+        keep_checkpoints=1,
+        device=s.device,
+        dtype=s.dtype,
+        progress=False,
+        **{"method": method} | arm.train,
+    )
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
