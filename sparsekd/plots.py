@@ -72,7 +72,7 @@ def loss_curves(summary: Mapping[str, Any], *, width: int, height: int) -> str |
     if not methods:
         return None
     paint, top = colours(summary["methods"]), _interesting_top(methods)
-    with _canvas(width, height, left=46, right=250 if width > 600 else 124, bottom=42) as (
+    with canvas(width, height, left=46, right=250 if width > 600 else 124, bottom=42) as (
         figure,
         axes,
     ):
@@ -86,8 +86,8 @@ def loss_curves(summary: Mapping[str, Any], *, width: int, height: int) -> str |
         axes.set_ylim(lowest - 0.06 * (top - lowest), top)
         axes.set_xlim(0, last)
         _label_ends(axes, ends, height, short=width <= 600)
-        _axis_names(axes, "training step", "held-out loss, nats per token")
-        return _svg(figure, f"curves-{width}", "Held-out loss against training step, one line per method.")
+        axis_names(axes, "training step", "held-out loss, nats per token")
+        return inline_svg(figure, f"curves-{width}", "Held-out loss against training step, one line per method.")
 
 
 def is_cut(methods: Sequence[Mapping[str, Any]]) -> bool:
@@ -102,7 +102,7 @@ def differences(summary: Mapping[str, Any], *, width: int) -> str | None:
     if not methods:
         return None
     paint, height = colours(summary["methods"]), 58 * len(methods) + 62
-    with _canvas(width, height, left=8, right=8, bottom=42, top=26) as (figure, axes):
+    with canvas(width, height, left=8, right=8, bottom=42, top=26) as (figure, axes):
         for row, m in enumerate(reversed(methods)):
             _draw_difference(axes, row, m["against_ce"], PALETTE[paint[m["name"]]])
         axes.axvline(0, color=PALETTE["ink"], linewidth=1.2)
@@ -114,8 +114,8 @@ def differences(summary: Mapping[str, Any], *, width: int) -> str | None:
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
         axes.grid(False, axis="y")
-        _axis_names(axes, "difference in held-out loss, nats per token (left is better)", "")
-        return _svg(figure, "differences", "Difference from cross-entropy in held-out loss, one row per method.")
+        axis_names(axes, "difference in held-out loss, nats per token (left is better)", "")
+        return inline_svg(figure, "differences", "Difference from cross-entropy in held-out loss, one row per method.")
 
 
 def reliability(bins: Sequence[Mapping[str, Any]], name: str, label: str, ece: float | None, paint: str) -> str | None:
@@ -125,7 +125,7 @@ def reliability(bins: Sequence[Mapping[str, Any]], name: str, label: str, ece: f
         return None
     colour, total = PALETTE[paint], sum(b["count"] for b in used)
     x, y = [b["confidence"] for b in used], [b["accuracy"] for b in used]
-    with _canvas(200, 206, left=32, right=6, bottom=38, top=4) as (figure, axes):
+    with canvas(200, 206, left=32, right=6, bottom=38, top=4) as (figure, axes):
         shares = [b["count"] / total for b in bins]
         centres = [(i + 0.5) / len(bins) for i in range(len(bins))]
         heights = [0.28 * s / max(shares) for s in shares]
@@ -138,8 +138,8 @@ def reliability(bins: Sequence[Mapping[str, Any]], name: str, label: str, ece: f
         axes.set_yticklabels(["0", "½", "1"])
         if ece is not None:
             axes.text(0.06, 0.9, f"ECE {100 * ece:.1f} %", color=colour, fontweight="bold", va="center")
-        _axis_names(axes, "confidence", "accuracy")
-        return _svg(figure, f"reliability-{name}", f"Reliability diagram of {label}.")
+        axis_names(axes, "confidence", "accuracy")
+        return inline_svg(figure, f"reliability-{name}", f"Reliability diagram of {label}.")
 
 
 def storage(bars: Sequence[Mapping[str, Any]], paint: Mapping[str, str], *, width: int) -> str | None:
@@ -147,7 +147,7 @@ def storage(bars: Sequence[Mapping[str, Any]], paint: Mapping[str, str], *, widt
     if not bars:
         return None
     largest = max(b["bytes_per_token"] for b in bars)
-    with _canvas(width, 62 * len(bars) + 46, left=8, right=14, bottom=42, top=4) as (figure, axes):
+    with canvas(width, 62 * len(bars) + 46, left=8, right=14, bottom=42, top=4) as (figure, axes):
         for row, b in enumerate(reversed(bars)):
             colour, size = PALETTE[paint.get(b["name"], "muted")], b["bytes_per_token"]
             axes.barh(row - 0.14, size, left=0, height=0.34, color=colour, linewidth=0)
@@ -159,8 +159,8 @@ def storage(bars: Sequence[Mapping[str, Any]], paint: Mapping[str, str], *, widt
         axes.spines["left"].set_visible(False)
         axes.grid(False, axis="y")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        _axis_names(axes, "bytes per token (log scale)", "")
-        return _svg(figure, "storage", "Bytes stored per token.")
+        axis_names(axes, "bytes per token (log scale)", "")
+        return inline_svg(figure, "storage", "Bytes stored per token.")
 
 
 def unique_ids(data: Mapping[str, Any] | None, *, width: int, height: int) -> str | None:
@@ -169,7 +169,7 @@ def unique_ids(data: Mapping[str, Any] | None, *, width: int, height: int) -> st
         return None
     rounds, unique, law = data["rounds"], data["unique"], data["power_law"]
     colour = PALETTE["rs"]
-    with _canvas(width, height, left=46, right=20, bottom=42, top=8) as (figure, axes):
+    with canvas(width, height, left=46, right=20, bottom=42, top=8) as (figure, axes):
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.plot([min(rounds), max(rounds)], [min(rounds), max(rounds)], color=PALETTE["line"], linewidth=1.4)
@@ -185,8 +185,8 @@ def unique_ids(data: Mapping[str, Any] | None, *, width: int, height: int) -> st
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(lambda value, _: f"{value:,g}")
             axis.set_minor_formatter(lambda value, _: "")
-        _axis_names(axes, "sampling rounds", "unique ids per token")
-        return _svg(figure, "unique-ids", "Unique ids per token against sampling rounds, both on log scales.")
+        axis_names(axes, "sampling rounds", "unique ids per token")
+        return inline_svg(figure, "unique-ids", "Unique ids per token against sampling rounds, both on log scales.")
 
 
 # -- pieces of figures
@@ -277,9 +277,17 @@ def _along(axes: Any, value: float, text: str, colour: str) -> None:
     axes.annotate(text, (value, value), (-8, 4), textcoords="offset points", color=colour, ha="right")
 
 
-def _axis_names(axes: Any, x: str, y: str) -> None:
+def axis_names(axes: Any, x: str, y: str) -> None:
     axes.set_xlabel(x, color=PALETTE["muted"], labelpad=7)
     axes.set_ylabel(y, color=PALETTE["muted"], labelpad=5)
+
+
+def legend(axes: Any, entries: Sequence[tuple[str, str]], *, right: float, top: float) -> None:
+    """Names in their palette colours, one below the other, ending at a place given in shares of the axes."""
+    height = axes.get_window_extent().height * 72 / axes.figure.dpi
+    for line, (name, paint) in enumerate(entries):
+        at, colour = (right, top - 19 * line / height), PALETTE[paint]
+        axes.text(*at, name, transform=axes.transAxes, ha="right", va="top", color=colour, fontweight="bold")
 
 
 def _short(text: str, width: int) -> str:
@@ -297,14 +305,11 @@ def _size(size: float) -> str:
 
 
 @contextmanager
-def _canvas(
-    width: float, height: float, *, left: float, right: float, bottom: float, top: float = 12
-) -> Iterator[tuple[Any, Any]]:
-    """A figure whose units are CSS pixels, margins included, with the few lines a plot needs."""
+def style() -> Iterator[None]:
+    """The few lines a plot needs, its colours and its font, for figures made and saved inside."""
     import matplotlib
-    from matplotlib.figure import Figure
 
-    style = {
+    settings = {
         "svg.fonttype": "none",
         "svg.hashsalt": "sparsekd",
         "text.parse_math": False,
@@ -324,7 +329,18 @@ def _canvas(
         "xtick.minor.size": 0,
         "ytick.minor.size": 0,
     }
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(settings):
+        yield
+
+
+@contextmanager
+def canvas(
+    width: float, height: float, *, left: float, right: float, bottom: float, top: float = 12
+) -> Iterator[tuple[Any, Any]]:
+    """A figure whose units are CSS pixels, margins included, with the few lines a plot needs."""
+    from matplotlib.figure import Figure
+
+    with style():
         figure = Figure(figsize=(width / 72, height / 72))
         box = (
             left / width,
@@ -335,7 +351,7 @@ def _canvas(
         yield figure, figure.add_axes(box)
 
 
-def _svg(figure: Any, name: str, title: str) -> str:
+def inline_svg(figure: Any, name: str, title: str) -> str:
     """The figure as an <svg> element for HTML: own ids, CSS colours and fonts, no prologue, no metadata."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})

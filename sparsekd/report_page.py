@@ -31,11 +31,16 @@ def render_html(summary: Summary) -> str:
     )
     body = "\n".join(filter(None, (section(summary) for section in sections)))
     title = escape(str(summary.get("title") or "Sparse distillation"))
+    return page(title, css(), body)
+
+
+def page(title: str, style: str, body: str) -> str:
+    """The HTML document around a body; `title` is escaped already. No scripts, no requests, light and dark."""
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta name="color-scheme" content="light dark">\n<title>{title}</title>\n'
-        f"<style>{_css()}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+        f"<style>{style}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
 
 
@@ -47,7 +52,7 @@ def _header(summary: Summary) -> str:
     title = escape(str(summary.get("title") or "Sparse distillation"))
     return (
         f'<header><p class="eyebrow">{escape(eyebrow)}: {title}</p>\n'
-        f"<h1>{escape(_tie(summary['verdict']))}</h1>\n{_evidence(summary)}</header>"
+        f"<h1>{escape(tie(summary['verdict']))}</h1>\n{_evidence(summary)}</header>"
     )
 
 
@@ -60,10 +65,10 @@ def _evidence(summary: Summary) -> str:
     seeds = len(summary["comparisons"][0]["values"])
     how = "mean ± standard error over seeds; a difference counts when its 95 % interval excludes 0"
     words = f"Held-out loss, paired by seed ({plural(seeds, 'seed')}): {', '.join(told)} (nats per token, {how})."
-    return f'<p class="evidence">{escape(_tie(words))}</p>\n'
+    return f'<p class="evidence">{escape(tie(words))}</p>\n'
 
 
-def _tie(words: str) -> str:
+def tie(words: str) -> str:
     """No line break between a number and its error or percent sign."""
     return words.replace(" %", "\u00a0%").replace(" ± ", "\u00a0±\u00a0")
 
@@ -125,7 +130,7 @@ def _results(summary: Summary) -> str:
     paint, lead = plots.colours(summary["methods"]), {c["method"] for c in summary["comparisons"]}
     head = "".join(f'<th scope="col">{name}<small>{unit}</small></th>' for name, unit, _ in _columns())
     rows = "".join(_result_row(m, paint[m["name"]], m["name"] in lead) for m in summary["methods"])
-    return _section(
+    return named_section(
         "results",
         "Results",
         f'<div class="scroll" tabindex="0" role="region" aria-label="Results table"><table class="results">'
@@ -141,7 +146,7 @@ def _results(summary: Summary) -> str:
 def _result_row(m: Mapping[str, Any], paint: str, is_lead: bool) -> str:
     cells = "".join(f"<td>{value(m)}</td>" for _, _, value in _columns())
     kind = ' class="lead"' if is_lead else ""
-    return f'<tr{kind}><th scope="row">{_key(paint)}{escape(m["label"])}</th>{cells}</tr>'
+    return f'<tr{kind}><th scope="row">{key_of(paint)}{escape(m["label"])}</th>{cells}</tr>'
 
 
 def _teacher_row(summary: Summary) -> str:
@@ -157,7 +162,7 @@ def _teacher_row(summary: Summary) -> str:
         "Calibration error": plain(_hundred(e["ece"]), 2),
     }
     cells = "".join(f"<td>{known.get(name, EMPTY)}</td>" for name, _, _ in _columns())
-    return f'<tr class="teacher"><th scope="row">{_key("ink")}Teacher</th>{cells}</tr>'
+    return f'<tr class="teacher"><th scope="row">{key_of("ink")}Teacher</th>{cells}</tr>'
 
 
 # -- figures and their tables
@@ -169,7 +174,7 @@ def _differences(summary: Summary) -> str:
         return ""
     paint = plots.colours(summary["methods"])
     rows = "".join(
-        f'<tr><th scope="row">{_key(paint[m["name"]])}{escape(m["label"])}</th>'
+        f'<tr><th scope="row">{key_of(paint[m["name"]])}{escape(m["label"])}</th>'
         f"<td>{signed(d['mean'])}{_error(d['standard_error'], 3)}<small>{interval(d)}</small></td></tr>"
         for m in compared
         for d in [m["against_ce"]]
@@ -178,7 +183,7 @@ def _differences(summary: Summary) -> str:
         _draw(plots.differences, summary, width=400),
         "Thick: ± one standard error. Thin: 95 % interval (Student t). Small dots: single seeds.",
     )
-    return _section(
+    return named_section(
         "differences",
         "Against cross-entropy, seed by seed",
         '<p class="lede">Students with the same seed start from the same weights and see the same rows in the '
@@ -198,7 +203,7 @@ def _curves(summary: Summary) -> str:
     if plots.is_cut(summary["methods"]):
         caption += " The steep first part of training is cut off."
     figure = f'<div class="wide">{wide}</div><div class="narrow">{narrow}</div>'
-    return _section("curves", "Loss while training", _figure(figure, caption))
+    return named_section("curves", "Loss while training", _figure(figure, caption))
 
 
 def _calibration(summary: Summary) -> str:
@@ -210,11 +215,11 @@ def _calibration(summary: Summary) -> str:
     for name, label, bins, ece in shown:
         svg = _draw(plots.reliability, bins, name, label, ece, paint[name])
         if svg:
-            words = f"{_key(paint[name])}{escape(label)}"
+            words = f"{key_of(paint[name])}{escape(label)}"
             panels += f"<figure>{svg}<figcaption>{words}</figcaption></figure>"
     if not panels:
         return ""
-    return _section(
+    return named_section(
         "calibration",
         "Do they know what they know?",
         '<p class="lede">When a model gives its top token a probability of 70 %, it should be right '
@@ -243,7 +248,9 @@ def _storage(summary: Summary) -> str:
         )
         if svg
     )
-    return _section("storage", "What it costs to keep", f'<div class="pair even">{figures}</div>') if figures else ""
+    return (
+        named_section("storage", "What it costs to keep", f'<div class="pair even">{figures}</div>') if figures else ""
+    )
 
 
 def _draw(figure: Callable[..., str | None], *arguments: Any, **sizes: Any) -> str:
@@ -271,7 +278,7 @@ def _made(summary: Summary) -> str:
     ]
     facts = "".join(f"<div><dt>{name}</dt><dd>{_words(value)}</dd></div>" for name, value in parts if value)
     body = (f'<dl class="facts">{facts}</dl>' if facts else "") + _commands(summary) + _seconds(summary)
-    return _section("made", "How this was made", body) if body else ""
+    return named_section("made", "How this was made", body) if body else ""
 
 
 def _commands(summary: Summary) -> str:
@@ -307,11 +314,11 @@ def _words(value: Any) -> str:
     return escape(value if isinstance(value, str) else json.dumps(value))
 
 
-def _section(name: str, title: str, body: str) -> str:
+def named_section(name: str, title: str, body: str) -> str:
     return f'<section aria-labelledby="{name}"><h2 id="{name}">{title}</h2>\n{body}</section>'
 
 
-def _key(paint: str) -> str:
+def key_of(paint: str) -> str:
     return f'<i class="key" style="background:var(--{paint})" aria-hidden="true"></i>'
 
 
@@ -385,9 +392,12 @@ def _hundred(value: float | None) -> float | None:
 # -- style
 
 
-def _css() -> str:
+def css(*more: str) -> str:
+    """The report's style, and these files of the package after it."""
     from importlib.resources import files
 
     light, dark = ("".join(f"--{k}:{v};" for k, v in theme.items()) for theme in (plots.PALETTE, plots.DARK))
     themes = f":root{{{light}}}\n@media (prefers-color-scheme:dark){{:root{{{dark}}}}}\n"
-    return themes + files("sparsekd").joinpath("report.css").read_text(encoding="utf-8")
+    return themes + "".join(
+        files("sparsekd").joinpath(name).read_text(encoding="utf-8") for name in ("report.css", *more)
+    )

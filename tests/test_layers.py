@@ -27,6 +27,10 @@ LAYERS: dict[str, set[str]] = {
         "report_page",
         "report",
         "demo",
+        "reproduction",
+        "toys",
+        "reproduce_page",
+        "reproduce",
     },
     "front": {"recipes", "cli", "__main__"},
 }
@@ -37,6 +41,10 @@ PROGRAMS_TOGETHER = {
     "train": {"student", "training_set"},
     "report_page": {"plots"},
     "report": {"comparison", "report_page"},
+    "reproduction": {"comparison"},
+    "reproduce_page": {"report_page", "reproduction"},
+    "toys": {"plots", "reproduction"},
+    "reproduce": {"plots", "reproduction", "reproduce_page", "toys"},
     "demo": {"train", "capture", "evaluate", "inspect", "report"},  # inside its functions only
 }
 # Libraries that a layer's modules must not name, wherever in the file.
@@ -48,7 +56,10 @@ FORBIDDEN = {
     "programs": {"datasets"},
     "front": {"torch", "datasets", "matplotlib", "numpy"},
 }
-FORBIDDEN_IN = {name: {"torch", "transformers", "numpy"} for name in ("comparison", "plots", "report_page", "report")}
+FORBIDDEN_IN = {
+    name: {"torch", "transformers", "numpy"}
+    for name in ("comparison", "plots", "report_page", "report", "reproduction", "reproduce_page")
+}
 # Imported inside functions only, so that `import sparsekd.x` stays quick and optional packages stay optional.
 LATE = {"transformers", "datasets", "matplotlib", "peft", "pyarrow", "tokenizers", "accelerate", "tqdm", "yaml"}
 
