@@ -140,9 +140,12 @@ def new_student(shape: str | dict[str, Any], *, vocab_size: int, seq_len: int, t
     unknown = sorted(set(settings) - known)
     if unknown:
         raise RecipeError(f"unknown student setting {unknown[0]!r}; there are {', '.join(sorted(known))}")
-    sizes = FAMILY[family] | settings
-    if "num_key_value_heads" not in settings:  # keep the family's grouping where it still divides
-        sizes["num_key_value_heads"] = math.gcd(sizes["num_key_value_heads"], sizes["num_attention_heads"])
+    sizes: dict[str, Any] = FAMILY[family] | settings
+    heads = sizes["num_attention_heads"]
+    if "num_key_value_heads" not in settings and isinstance(
+        heads, int
+    ):  # keep the family's grouping where it still divides
+        sizes["num_key_value_heads"] = math.gcd(sizes["num_key_value_heads"], heads)
     _check_sizes(sizes)
     config = LlamaConfig(
         **{"vocab_size": vocab_size, "max_position_embeddings": max(seq_len, 64), "tie_word_embeddings": True} | sizes,
