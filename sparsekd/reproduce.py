@@ -15,12 +15,13 @@ from typing import Any
 from sparsekd import __version__, plots
 from sparsekd.errors import MismatchError, RecipeError
 from sparsekd.files import write_atomically
+from sparsekd.laws import LAWS_OF_APPENDIX_A
 from sparsekd.reproduce_page import render_page, terminal_text
 from sparsekd.reproduction import Reproduction, Result, Settings, from_json, to_json
 from sparsekd.toys import TOYS
 
 # A name's result, in the order of the page.
-REPRODUCTIONS: dict[str, Reproduction] = {**TOYS}
+REPRODUCTIONS: dict[str, Reproduction] = {**TOYS, "laws": LAWS_OF_APPENDIX_A}
 PROFILES = ("quick", "full")
 
 

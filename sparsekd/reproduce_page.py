@@ -111,8 +111,9 @@ def terminal_text(name: str, reproduction: Reproduction, result: Result) -> str:
     columns, rows = beside(result)
     cells = [[row, *(_both(o, p, c) for (o, p), c in zip(pairs, columns, strict=True))] for row, pairs in rows]
     widths = [max([len(line[i]) for line in cells] + [9 * (i > 0)]) for i in range(len(columns) + 1)]
+    words = {0, *(i for _, pairs in rows for i, (ours, _) in enumerate(pairs, 1) if isinstance(ours, str))}
     lines = [*_head(columns, widths), *cells]
-    text = ["  ".join(_fit(w, widths[i], i) for i, w in enumerate(line)).rstrip() for line in lines]
+    text = ["  ".join(_fit(w, widths[i], left=i in words) for i, w in enumerate(line)).rstrip() for line in lines]
     rule, below = "-" * max(map(len, text)), len(lines) - len(cells)
     said = [part for f in result.findings for part in _wrapped(f)]
     title = f"{name}: {reproduction.title} ({reproduction.source}); [the paper's numbers]"
@@ -134,8 +135,8 @@ def _both(ours: Any, paper: Any, column: Column) -> str:
     return shown(ours, column.form) + (f" [{shown(paper, column.form)}]" if paper is not None else "")
 
 
-def _fit(text: str, width: int, index: int) -> str:
-    return text.ljust(width) if index == 0 else text.rjust(width)
+def _fit(text: str, width: int, *, left: bool) -> str:
+    return text.ljust(width) if left else text.rjust(width)
 
 
 def _wrapped(finding: Finding) -> list[str]:

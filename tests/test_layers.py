@@ -13,7 +13,22 @@ PACKAGE = Path(__file__).parent.parent / "sparsekd"
 LAYERS: dict[str, set[str]] = {
     "errors": {"errors"},
     "maths": {"targets", "rng", "samplers", "losses", "residuals", "divergences", "fused", "metrics"},
-    "storage": {"checks", "order", "files", "codec", "shard", "manifest", "folder", "canary", "cache"},
+    "storage": {
+        "checks",
+        "order",
+        "files",
+        "words",
+        "flat",
+        "codec_weights",
+        "codec_counts",
+        "codec",
+        "quantize",
+        "shard",
+        "manifest",
+        "folder",
+        "canary",
+        "cache",
+    },
     "sources": {"sources", "corpus", "vocab", "spool", "packed", "rows", "models"},
     "programs": {
         "capture",
@@ -29,6 +44,7 @@ LAYERS: dict[str, set[str]] = {
         "demo",
         "reproduction",
         "toys",
+        "laws",
         "reproduce_page",
         "reproduce",
     },
@@ -44,7 +60,8 @@ PROGRAMS_TOGETHER = {
     "reproduction": {"comparison"},
     "reproduce_page": {"report_page", "reproduction"},
     "toys": {"plots", "reproduction"},
-    "reproduce": {"plots", "reproduction", "reproduce_page", "toys"},
+    "laws": {"reproduction"},
+    "reproduce": {"plots", "reproduction", "reproduce_page", "toys", "laws"},
     "demo": {"train", "capture", "evaluate", "inspect", "report"},  # inside its functions only
 }
 # Libraries that a layer's modules must not name, wherever in the file.
