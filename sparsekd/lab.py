@@ -229,6 +229,10 @@ class Lab:
         self._train([(str(folder), *job) for folder, job in todo.items()], teacher)
         return [self._outcome(arm, paths[arm.label]) for arm in arms]
 
+    def student_folder(self, arm: Arm, seed: int) -> Path:
+        """Where the student of an arm and a seed lies once it was run."""
+        return self._student(arm, seed, self.cache(arm))
+
     def _student(self, arm: Arm, seed: int, cache: str) -> Path:
         return self.folder / "students" / f"{arm.key()}-{Path(cache).name[-6:]}-s{seed}"
 

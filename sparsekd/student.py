@@ -17,24 +17,45 @@ import torch
 from torch import Tensor
 
 from sparsekd.cache import CacheReader
+from sparsekd.divergences import check_divergence, check_sparse_divergence, full_divergence, sparse_divergence
 from sparsekd.errors import ModelError
 from sparsekd.fused import fused_linear_sparse_kl
-from sparsekd.losses import full_kl
+from sparsekd.losses import Mix, full_kl
 from sparsekd.models import body_of, check_rebuilt, head_of, inner_model
 from sparsekd.order import permute
+from sparsekd.residuals import hard_token_weights
 from sparsekd.targets import SparseTargets
 
 
-def attach_sparse_kd(model: Any, *, ce_weight: float = 0.0, chunk_rows: int | None = None) -> Any:
+def attach_sparse_kd(
+    model: Any,
+    *,
+    ce_weight: float = 0.0,
+    residual: str = "none",
+    hard_ratio: float = 1.0,
+    divergence: str = "forward_kl",
+    chunk_rows: int | None = None,
+) -> Any:
     """Teach `model.forward` to take `kd_ids` and `kd_weights` and return the distillation loss; returns the model.
 
     With them, the loss equals `sparse_kl(logits[:, :-1], targets, labels=labels[:, 1:], ce_weight=...)`, computed by
     `fused_linear_sparse_kl` without the logits. Without them, forward is what it was (labels give the model's own
     cross-entropy, generation works). May be called before or after PEFT wraps the model.
 
+    Args:
+        ce_weight: α of α CE + (1-α) KD.
+        residual: what becomes of the mass that the targets left out, a name of `residuals.RESIDUALS`.
+        hard_ratio: loss factor of the harder half of a forward's tokens over that of the easier half, 1 on average
+            (`residuals.hard_token_weights`; paper, section 5.3).
+        divergence: "forward_kl", or "mse", which makes the logits ([tokens, V] exists).
+        chunk_rows: of `fused_linear_sparse_kl`.
+
     Raises:
+        ValueError: a divergence that sparse targets cannot give, an unknown residual.
         ModelError: prompt tuning, LoRA on the head, or a head that cannot be rebuilt from its weights.
     """
+    check_sparse_divergence(divergence)
+    Mix(ce_weight=ce_weight, residual=residual)
     _refuse_prompt_tuning(model)
     check_rebuilt(model)
     inner = inner_model(model)
@@ -56,17 +77,25 @@ def attach_sparse_kd(model: Any, *, ce_weight: float = 0.0, chunk_rows: int | No
         assert kd_weights is not None
         hidden = body_of(self)(input_ids=input_ids, **({"use_cache": False} | kwargs)).last_hidden_state
         _check_positions(kd_ids, hidden)
-        head = head_of(self)
+        head, targets = head_of(self), SparseTargets(ids=kd_ids, weights=kd_weights)
+        next_ids = None if labels is None else labels[:, 1:]
+        if divergence != "forward_kl":
+            logits = head.logits(hidden[:, :-1])
+            return _output(
+                sparse_divergence(logits, targets, divergence, labels=next_ids, num_items_in_batch=num_items_in_batch)
+            )
         assert head.weight_VH is not None
         loss = fused_linear_sparse_kl(
             hidden[:, :-1],
             head.weight_VH,
-            SparseTargets(ids=kd_ids, weights=kd_weights),
+            targets,
             bias=head.bias,
             scale=head.scale,
             softcap=head.softcap,
-            labels=None if labels is None else labels[:, 1:],
+            labels=next_ids,
             ce_weight=ce_weight,
+            residual=residual,
+            token_weights=_hard_weights(targets, next_ids, hard_ratio),
             num_items_in_batch=num_items_in_batch,
             chunk_rows=chunk_rows,
         )
@@ -76,12 +105,21 @@ def attach_sparse_kd(model: Any, *, ce_weight: float = 0.0, chunk_rows: int | No
     return model
 
 
-def attach_full_kd(model: Any, teacher: Any, *, ce_weight: float = 0.0) -> Any:
+def _hard_weights(targets: SparseTargets, labels: Tensor | None, ratio: float) -> Tensor | None:
+    if ratio == 1 or labels is None:
+        return None
+    return hard_token_weights(targets, labels, ratio=ratio)
+
+
+def attach_full_kd(model: Any, teacher: Any, *, ce_weight: float = 0.0, divergence: str = "forward_kl") -> Any:
     """The online baseline: in training, forward runs the teacher and returns `full_kl` to its whole distribution.
+
+    With another `divergence` of `divergences.DIVERGENCES` (paper, section 6.3) it returns that one.
 
     The teacher is held outside the student's modules: it is neither saved, wrapped nor trained. In eval mode forward
     is what it was.
     """
+    check_divergence(divergence)
     inner = inner_model(model)
     own_forward = inner.forward
     held = [teacher.eval().requires_grad_(False)]
@@ -98,6 +136,13 @@ def attach_full_kd(model: Any, teacher: Any, *, ce_weight: float = 0.0) -> Any:
         with torch.no_grad():
             teacher_logits = held[0](input_ids=input_ids, use_cache=False).logits[:, :-1]
         logits = own_forward(input_ids=input_ids, **kwargs).logits[:, :-1]
+        if divergence != "forward_kl":
+            next_ids = labels[:, 1:]
+            return _output(
+                full_divergence(
+                    logits, teacher_logits, divergence, labels=next_ids, num_items_in_batch=num_items_in_batch
+                )
+            )
         loss = full_kl(
             logits,
             teacher_logits,

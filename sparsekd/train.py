@@ -12,8 +12,10 @@ from typing import Any
 
 from sparsekd import models
 from sparsekd.checks import check_at_least, make_folder
+from sparsekd.divergences import DIVERGENCES, check_sparse_divergence
 from sparsekd.errors import MismatchError, RecipeError
 from sparsekd.files import write_atomically
+from sparsekd.residuals import RESIDUALS
 from sparsekd.student import CacheDataset, SparseKDCollator, attach_full_kd, attach_sparse_kd, pace, student_trainer
 from sparsekd.training_set import (
     TrainingSet,
@@ -30,12 +32,14 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "method": METHODS,
     "schedule": SCHEDULES,
     "dtype": ("float32", "bfloat16"),
+    "residual": tuple(RESIDUALS),
+    "divergence": tuple(DIVERGENCES),
 }
 _COUNTS = ("batch_size", "grad_accum", "log_steps", "save_steps", "keep_checkpoints", "eval_limit")
 _AMOUNTS = ("weight_decay", "max_grad_norm", "dataloader_workers", "eval_steps")
 _RANGES: tuple[tuple[tuple[str, ...], str, Callable[[float], bool]], ...] = (
     (("max_steps",), "at least 1, or -1 to go by epochs", lambda v: v >= 1 or v == -1),
-    (("epochs", "learning_rate"), "above 0", lambda v: 0 < v < math.inf),
+    (("epochs", "learning_rate", "hard_ratio"), "above 0", lambda v: 0 < v < math.inf),
     (("ce_weight", "min_lr_ratio", "warmup_ratio"), "between 0 and 1", lambda v: 0 <= v <= 1),
     (("seed",), "in [0, 2^32)", lambda v: 0 <= v < 2**32),
 )
@@ -76,6 +80,9 @@ def train(
     adam_betas: tuple[float, float] = (0.9, 0.95),
     max_grad_norm: float = 1.0,
     ce_weight: float = 0.0,
+    residual: str = "none",
+    hard_ratio: float = 1.0,
+    divergence: str = "forward_kl",
     dtype: str | None = None,
     device: str | None = None,
     gradient_checkpointing: bool = False,
@@ -118,6 +125,10 @@ def train(
         adam_betas: AdamW's two decay rates.
         max_grad_norm: gradients are scaled down to this 2-norm; 0 leaves them.
         ce_weight: α of α CE + (1-α) KD (paper, section 5.3).
+        residual: for "cached": what becomes of the teacher's mass that the cache left out: none, renormalize, smooth,
+            ghost or label (paper, sections 2 and 3).
+        hard_ratio: for "cached": learning rate of the harder half of a batch's tokens over the easier half's (5.3).
+        divergence: forward_kl, reverse_kl, forward_reverse_kl, l1 or mse (6.3); a cache can give forward_kl and mse.
         dtype: "float32", or "bfloat16" for mixed precision (weights stay float32).
         device: "cpu" or "cuda" (one per process; choose among several by CUDA_VISIBLE_DEVICES).
         gradient_checkpointing: compute activations twice instead of keeping them.
@@ -157,9 +168,11 @@ def train(
         if gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if method == "cached":
-            attach_sparse_kd(model, ce_weight=ce_weight)
+            attach_sparse_kd(
+                model, ce_weight=ce_weight, residual=residual, hard_ratio=hard_ratio, divergence=divergence
+            )
         elif live is not None:
-            attach_full_kd(model, live, ce_weight=ce_weight)
+            attach_full_kd(model, live, ce_weight=ce_weight, divergence=divergence)
         trainer = student_trainer(
             model=model,
             args=_arguments(recipe, steps, progress),
@@ -198,6 +211,8 @@ def _arguments(recipe: dict[str, Any], steps: int, progress: bool) -> Any:
     import transformers
 
     cosine = recipe["schedule"] == "cosine"
+    # Named only when wanted: its name is about to change.
+    checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     arguments = transformers.TrainingArguments(
         output_dir=recipe["out"],
         seed=recipe["seed"],
@@ -231,6 +246,7 @@ def _arguments(recipe: dict[str, Any], steps: int, progress: bool) -> Any:
         run_name=recipe["run_name"],
         disable_tqdm=not progress,
         log_level="error",
+        **(checkpointing if recipe["gradient_checkpointing"] else {}),
     )
     if arguments.n_gpu > 1:
         # Else Trainer wraps the model in torch's DataParallel, whose copies call the first one's forward.
@@ -260,6 +276,27 @@ def _check_settings(recipe: dict[str, Any]) -> None:
         )
     if recipe["teacher"] is not None and recipe["method"] != "full_kd":
         raise RecipeError(f"teacher= is for method=full_kd; method={recipe['method']} runs none, leave it out")
+    _check_objective(recipe)
+
+
+def _check_objective(recipe: dict[str, Any]) -> None:
+    """Settings of the loss that a method does not have would be silently ignored: refuse them."""
+    method, divergence = recipe["method"], recipe["divergence"]
+    for name, plain in (("residual", "none"), ("hard_ratio", 1.0)):
+        if recipe[name] != plain and method != "cached":
+            raise RecipeError(f"{name}={recipe[name]} is for method=cached; method={method} has no sparse targets")
+    if divergence == "forward_kl":
+        return
+    if method == "ce":
+        raise RecipeError(f"divergence={divergence} is for method=cached or full_kd; method=ce has no teacher")
+    for name, plain in (("residual", "none"), ("hard_ratio", 1.0), ("ce_weight", 0.0)):
+        if recipe[name] != plain:
+            raise RecipeError(f"{name}={recipe[name]} goes with divergence=forward_kl only, not with {divergence}")
+    if method == "cached":
+        try:
+            check_sparse_divergence(divergence)
+        except ValueError as error:
+            raise RecipeError(str(error)) from None
 
 
 def _on_cpu(recipe: dict[str, Any]) -> bool:

@@ -254,3 +254,38 @@ def test_the_family_of_students():
         models.new_student({"family": "tiny", "hidden": 3}, vocab_size=V, seq_len=L)
     with pytest.raises(RecipeError, match="unknown student family 'huge'; there are tiny"):
         models.new_student({"family": "huge"}, vocab_size=V, seq_len=L)
+
+
+@pytest.mark.parametrize("residual", ["renormalize", "smooth", "ghost", "label"])
+def test_missing_mass_is_treated_inside_forward(residual):
+    """With `residual`, forward returns `sparse_kl(..., residual=...)` of the model's own logits."""
+    model, reference, inputs = tiny(), tiny(), batch()
+    inputs["kd_weights"] = 0.6 * inputs["kd_weights"]
+    loss = skd.attach_sparse_kd(model, residual=residual)(**inputs).loss
+    targets = skd.SparseTargets(ids=inputs["kd_ids"], weights=inputs["kd_weights"])
+    logits, labels = reference(inputs["input_ids"]).logits[:, :-1], inputs["labels"][:, 1:]
+    torch.testing.assert_close(loss, skd.sparse_kl(logits, targets, labels=labels, residual=residual))
+    assert abs(loss - skd.attach_sparse_kd(tiny())(**inputs).loss) > 1e-3
+
+
+def test_hard_tokens_and_divergences_inside_forward():
+    """hard_ratio weighs tokens as `hard_token_weights`; mse and the full divergences equal their functions."""
+    from sparsekd.divergences import full_divergence, sparse_divergence
+    from sparsekd.residuals import hard_token_weights
+
+    inputs, reference = batch(), tiny()
+    inputs["kd_ids"][..., 0] = inputs["input_ids"][:, 1:]
+    logits, labels = reference(inputs["input_ids"]).logits[:, :-1], inputs["labels"][:, 1:]
+    targets = skd.SparseTargets(ids=inputs["kd_ids"], weights=inputs["kd_weights"])
+    factors = hard_token_weights(targets, labels, ratio=2.0)
+    want = skd.sparse_kl(logits, targets, labels=labels, token_weights=factors)
+    torch.testing.assert_close(skd.attach_sparse_kd(tiny(), hard_ratio=2.0)(**inputs).loss, want)
+    want = sparse_divergence(logits, targets, "mse", labels=labels)
+    torch.testing.assert_close(skd.attach_sparse_kd(tiny(), divergence="mse")(**inputs).loss, want)
+    torch.manual_seed(5)
+    teacher = models.new_student("tiny", vocab_size=V, seq_len=L)
+    model = skd.attach_full_kd(tiny(), teacher, divergence="reverse_kl").train()
+    want = full_divergence(logits, teacher(inputs["input_ids"]).logits[:, :-1], "reverse_kl", labels=labels)
+    torch.testing.assert_close(model(input_ids=inputs["input_ids"], labels=inputs["labels"]).loss, want)
+    with pytest.raises(ValueError, match="no meaning on sparse targets"):
+        skd.attach_sparse_kd(tiny(), divergence="reverse_kl")
