@@ -85,9 +85,7 @@ def open_endpoint(url: str, model: str, *, api_key_env: str | None = KEY_VARIABL
     """
     check_at_least(0, retries=how.get("retries"), backoff_s=how.get("backoff_s"))
     check_at_least(0.001, timeout_s=how.get("timeout_s"))
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise RecipeError(f"endpoint={_bare(parts)!r} is not an address such as http://localhost:8000/v1")
+    parts = _parts(url)
     if parts.username or parts.password or parts.query or parts.fragment:
         raise RecipeError(
             f"endpoint={_bare(parts)} has a password or a query in it, which files would keep; "
@@ -225,7 +223,7 @@ def _said(error: urllib.error.HTTPError) -> str:
         message = json.loads(body)["error"]
         return " ".join(str(message.get("message", message) if isinstance(message, dict) else message).split())[:300]
     except (ValueError, KeyError, TypeError, RecursionError):
-        return _start(body)
+        return _start(body) if body.strip() else ""
 
 
 def _retry_after(value: str | None) -> float:
@@ -269,6 +267,17 @@ def _is_local(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost" or host.endswith(".localhost")
+
+
+def _parts(url: str) -> urllib.parse.SplitResult:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        _ = parts.port  # a ValueError where it is no number
+    except ValueError as error:
+        raise RecipeError(f"endpoint= is not an address ({error}); give one such as http://localhost:8000/v1") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise RecipeError(f"endpoint={_bare(parts)!r} is not an address such as http://localhost:8000/v1")
+    return parts
 
 
 def _bare(parts: urllib.parse.SplitResult) -> str:
