@@ -13,7 +13,8 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,31 @@ import sparsekd
 from sparsekd import models, rng
 from sparsekd.cache import CacheReader, CacheSpec, CacheWriter, RowRecord
 from sparsekd.checks import check_at_least, check_seed
-from sparsekd.codec import CODECS, FlatTargets, default_codec, encode_row
+from sparsekd.codec import (
+    CODECS,
+    COUNTS,
+    IMPORTANCE,
+    WEIGHTS,
+    FlatTargets,
+    Importance,
+    codec_spec,
+    decode,
+    default_codec,
+    encode,
+    encode_row,
+)
 from sparsekd.errors import MismatchError, ModelError, RecipeError, StorageError
 from sparsekd.manifest import shard_name
 from sparsekd.packed import RowsReader
-from sparsekd.samplers import SAMPLERS, check_parameters, count_rounds, is_unbiased, sample
+from sparsekd.samplers import (
+    SAMPLERS,
+    ImportanceDraws,
+    check_parameters,
+    is_unbiased,
+    sample,
+    sample_importance,
+)
+from sparsekd.targets import SparseTargets
 
 # A shard is the unit of resume: at most 4M tokens (minutes of one accelerator), and 16 of them in a small cache.
 SHARD_TOKENS = 2**22
@@ -42,8 +63,7 @@ QUEUE_BATCHES = 4
 class Drawn:
     """What one batch of rows gave: targets of its supervised positions, in order, still on the teacher's device."""
 
-    ids: list[Tensor]
-    weights: list[Tensor]
+    parts: list[SparseTargets | ImportanceDraws]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,15 +89,30 @@ class Teacher:
         chunk, sampler = self.spec.capture["head_chunk"], dict(self.spec.sampler)
         name, seed = sampler["name"], sampler["seed"]
         parameters = {key: sampler[key] for key in _parameters(name)}
-        drawn = Drawn(ids=[], weights=[])
+        draw = _draw_for(self.spec.codec)
+        drawn = Drawn(parts=[])
         for start in range(0, len(rows), chunk):
             part = slice(start, start + chunk)
             logits_CV = self.head.logits(hidden_NH[part])
             keys = {"seed": seed, "rows": rows[part] + first_row, "positions": positions[part]}
-            targets = sample(logits_CV, name, **keys, **parameters)
-            drawn.ids.append(targets.ids.to(torch.int32))
-            drawn.weights.append(targets.weights)
+            drawn.parts.append(draw(logits_CV, name, **keys, **parameters))
         return drawn
+
+
+def _draw_for(codec: dict[str, Any]) -> Callable[..., SparseTargets | ImportanceDraws]:
+    """What the codec holds: targets, or draws that are not weighed yet. Wide integers stay behind: K ids of every
+    position of a batch wait on the device for the codec."""
+
+    def targets(logits_CV: Tensor, name: str, **settings: Any) -> SparseTargets:
+        found = sample(logits_CV, name, **settings)
+        return SparseTargets(ids=found.ids.to(torch.int32), weights=found.weights)
+
+    def unweighed(logits_CV: Tensor, name: str, *, normalize: bool, **settings: Any) -> ImportanceDraws:
+        found = sample_importance(logits_CV, **settings)
+        ids, counts = found.ids.to(torch.int32), found.counts.to(torch.int32)
+        return replace(found, ids=ids, counts=counts, log2_p=found.log2_p.float())
+
+    return unweighed if CODECS[codec["name"]].holds == IMPORTANCE else targets
 
 
 def capture(
@@ -136,7 +171,7 @@ def capture(
     check_at_least(1, batch_size=batch_size, shard_rows=shard_rows, threads=threads, limit_rows=limit_rows)
     check_seed(seed)
     name, parameters = _sampler(sampler)
-    code = _check_codec(codec, name, count_rounds(name, parameters))
+    _check_codec(codec, name, parameters)
     device = models.check_device(device)
     if device == "cpu" and threads:
         torch.set_num_threads(threads)
@@ -145,7 +180,7 @@ def capture(
     model = models.open_model(teacher, dtype=dtype, device=device)
     _check_teacher(model, teacher, reader)
     draws = {"name": name, **parameters, "seed": seed}
-    spec = _make_spec(reader, model, teacher, draws, code, batch_size, shard_rows, limit_rows)
+    spec = _make_spec(reader, model, teacher, draws, codec, batch_size, shard_rows, limit_rows)
     writer = CacheWriter(out, spec, engine=_engine(device))
     _copy_tokenizer(reader.path, Path(out))
     source = Teacher(model=model, head=_head(model), spec=spec)
@@ -198,13 +233,11 @@ def _redraw(source: Teacher, cache: CacheReader, row: int) -> FlatTargets:
     ids = np.stack([r.input_ids for r in records])
     supervised = np.stack([r.supervised for r in records])
     drawn = source.draw(ids, supervised, batch.start)
-    return _flat_rows(drawn, supervised, _rounds(spec))[row - batch.start]
+    return _flat_rows(drawn, supervised, spec.codec)[row - batch.start]
 
 
 def _compare(stored: FlatTargets, again: FlatTargets, spec: CacheSpec, result: dict[str, Any]) -> None:
     """Add one row's comparison to `result`; both sides as the codec returns them."""
-    from sparsekd.codec import decode, encode
-
     again = decode(encode(again, spec.codec), len(again.sizes), spec.codec)
     width = spec.logit_width
     difference = _dense(stored, width) - _dense(again, width)
@@ -230,7 +263,7 @@ def _make_spec(
     model: Any,
     teacher: str,
     draws: dict[str, Any],
-    codec: dict[str, Any],
+    codec: str | None,
     batch_size: int,
     shard_rows: int | None,
     limit_rows: int | None,
@@ -238,14 +271,15 @@ def _make_spec(
     """Everything that the cache's bytes depend on, and what later stages compare."""
     width, parameters = models.logit_width(model), {key: draws[key] for key in _parameters(draws["name"])}
     count = min(len(reader), limit_rows or len(reader))
-    code = default_codec(count_rounds(draws["name"], parameters), width) | codec
+    weighing = {key: parameters[key] for key in ("temperature", "normalize") if key in parameters}
+    rounds, choose = parameters.get("rounds"), default_codec if codec is None else partial(codec_spec, codec)
     device = next(model.parameters()).device.type
     return CacheSpec(
         rows=count,
         seq_len=reader.seq_len,
         shard_rows=shard_rows or _default_shard_rows(count, reader.seq_len, batch_size),
         logit_width=width,
-        codec=code,
+        codec=choose(rounds=rounds, logit_width=width, **weighing),
         sampler=draws | {"rng": rng.ALGORITHM, "unbiased": is_unbiased(draws["name"], parameters)},
         teacher=models.describe(model, teacher),
         tokenizer=reader.manifest["tokenizer"],
@@ -271,20 +305,26 @@ def _sampler(sampler: str | dict[str, Any]) -> tuple[str, dict[str, Any]]:
     return name, defaults | settings
 
 
-def _check_codec(codec: str | None, sampler: str, rounds: int | None) -> dict[str, Any]:
-    """The codec asked for, or nothing: refuse one for counts where the sampler gives weights, and the reverse."""
+def _check_codec(codec: str | None, sampler: str, parameters: dict[str, Any]) -> None:
+    """Refuse a codec that does not hold what the sampler gives: counts, importance draws or weights."""
     if codec is None:
-        return {}
+        return
     if codec not in CODECS:
         raise RecipeError(f"codec={codec!r} is unknown; there are {', '.join(CODECS)}")
-    fits = [name for name, code in CODECS.items() if (code.max_rounds is None) == (rounds is None)]
-    if codec not in fits:
-        kinds = ("counts", "weights") if rounds is None else ("weights", "counts")
+    gives = _gives(sampler, parameters)
+    if CODECS[codec].holds not in gives:
+        fits = [name for name, code in CODECS.items() if code.holds in gives]
         raise RecipeError(
-            f"codec={codec} holds {kinds[0]}, sampler {sampler} with these parameters gives {kinds[1]}; take "
-            f"{' or '.join(fits)}, or leave codec out"
+            f"codec={codec} holds {CODECS[codec].holds}, sampler {sampler} with these parameters gives {gives[0]}; "
+            f"take {' or '.join(fits)}, or leave codec out"
         )
-    return {"name": codec}
+
+
+def _gives(sampler: str, parameters: dict[str, Any]) -> tuple[str, ...]:
+    """What of the sampler can be stored, the best first: importance draws can be weighed before."""
+    if "rounds" not in parameters:
+        return (WEIGHTS,)
+    return (COUNTS,) if parameters["temperature"] == 1 else (IMPORTANCE, WEIGHTS)
 
 
 def _parameters(sampler: str) -> dict[str, Any]:
@@ -326,10 +366,6 @@ def _engine(device: str) -> dict[str, Any]:
 def _engine_threads(cache: CacheReader) -> int | None:
     engines = cache.manifest.get("engines") or [{}]
     return engines[0].get("threads")
-
-
-def _rounds(spec: CacheSpec) -> int | None:
-    return spec.codec.get("rounds")
 
 
 def _head(model: Any) -> models.Head:
@@ -399,33 +435,36 @@ def _make_shards(
 def _records(source: Teacher, reader: RowsReader, batch: range) -> list[RowRecord]:
     rows = reader.batch(batch)
     drawn = source.draw(rows.input_ids, rows.supervised, batch.start)
-    return _to_records(rows, drawn, _rounds(source.spec))
+    return _to_records(rows, drawn, source.spec.codec)
 
 
-def _to_records(rows: Any, drawn: Drawn, rounds: int | None) -> list[RowRecord]:
-    flats = _flat_rows(drawn, rows.supervised, rounds)
+def _to_records(rows: Any, drawn: Drawn, codec: dict[str, Any]) -> list[RowRecord]:
+    flats = _flat_rows(drawn, rows.supervised, codec)
     return [
         RowRecord(input_ids=ids, targets=flat, starts=starts, supervised=supervised)
         for ids, flat, starts, supervised in zip(rows.input_ids, flats, rows.starts, rows.supervised, strict=True)
     ]
 
 
-def _flat_rows(drawn: Drawn, supervised_BL: np.ndarray, rounds: int | None) -> list[FlatTargets]:
+def _flat_rows(drawn: Drawn, supervised_BL: np.ndarray, codec: dict[str, Any]) -> list[FlatTargets]:
     """One FlatTargets per row from the targets of a batch's supervised positions."""
-    parts = [
-        FlatTargets.from_padded(ids.cpu().numpy(), _values(weights, rounds), rounds)
-        for ids, weights in zip(drawn.ids, drawn.weights, strict=True)
-    ]
-    ids = np.concatenate([p.ids for p in parts]) if parts else np.zeros(0, np.uint32)
-    values = np.concatenate([p.values for p in parts]) if parts else _values(torch.zeros(0), rounds)
-    sizes = np.concatenate([p.sizes for p in parts]) if parts else np.zeros(0, np.int64)
+    nothing = decode(b"", 0, codec)  # a batch may have no supervised position at all
+    whole = FlatTargets.join([nothing, *(_flat(part, codec) for part in drawn.parts)])
     ends = supervised_BL[:, 1:].sum(-1).cumsum()
-    offsets = np.concatenate([[0], sizes.cumsum()])
-    flats = []
-    for first, last in zip(np.concatenate([[0], ends[:-1]]), ends, strict=True):
-        entries = slice(offsets[first], offsets[last])
-        flats.append(FlatTargets(ids=ids[entries], values=values[entries], sizes=sizes[first:last], rounds=rounds))
-    return flats
+    return [whole.take(np.arange(first, last)) for first, last in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def _flat(part: SparseTargets | ImportanceDraws, codec: dict[str, Any]) -> FlatTargets:
+    ids, rounds = part.ids.cpu().numpy(), codec.get("rounds")
+    if isinstance(part, SparseTargets):
+        return FlatTargets.from_padded(ids, _values(part.weights, rounds), rounds)
+    importance = Importance(
+        log2_p=part.log2_p.cpu().numpy(),
+        entropy=part.entropy.cpu().numpy().astype(np.float32),
+        temperature=codec["temperature"],
+        normalize=codec["normalize"],
+    )
+    return FlatTargets.from_padded(ids, part.counts.cpu().numpy(), rounds, importance)
 
 
 def _values(weights: Tensor, rounds: int | None) -> np.ndarray:
@@ -480,7 +519,7 @@ class ShardThread:
         spec, records = self._writer.spec, []
         while isinstance(item := self._queue.get(), tuple):
             shard, batch, rows, drawn = item
-            records += _to_records(rows, drawn, _rounds(spec))
+            records += _to_records(rows, drawn, spec.codec)
             if batch.stop == spec.shard_range(shard).stop:
                 self._writer.write(shard, records)
                 self._tokens += len(records) * spec.seq_len

@@ -9,7 +9,9 @@ chunks of about `CHUNK_BYTES`, so V up to 2^20 needs no more memory than V = 2^1
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -54,13 +56,86 @@ def sample(
         ModelError: logits that are NaN or +inf.
     """
     check_parameters(sampler, parameters)
+    return SAMPLERS[sampler](logits_NV, _keys(logits_NV, seed, rows, positions), **parameters)
+
+
+def sample_importance(
+    logits_NV: Tensor,
+    *,
+    rounds: int,
+    temperature: float,
+    seed: int = 0,
+    rows: Tensor | None = None,
+    positions: Tensor | None = None,
+) -> ImportanceDraws:
+    """The draws behind `sample(logits_NV, "random_sampling", ...)` at a temperature that is not 1, before they are
+    weighed: what a cache stores so that its reader can choose the weighting. Arguments and errors as in `sample`."""
+    check_parameters("random_sampling", {"rounds": rounds, "temperature": temperature})
+    keys = _keys(logits_NV, seed, rows, positions)
+    return importance_draws(logits_NV, keys, rounds=rounds, temperature=temperature)
+
+
+def _keys(logits_NV: Tensor, seed: int, rows: Tensor | None, positions: Tensor | None) -> Keys:
     count, device = len(logits_NV), logits_NV.device
-    keys = Keys(
+    return Keys(
         seed=seed,
         rows=torch.zeros(count, dtype=torch.int64, device=device) if rows is None else rows.to(device),
         positions=torch.arange(count, device=device) if positions is None else positions.to(device),
     )
-    return SAMPLERS[sampler](logits_NV, keys, **parameters)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImportanceDraws:
+    """R draws a position from q ∝ p^t (t not 1), and what weighs them.
+
+    With H, the Rényi entropy of order t of p in bits, Σ p^t = 2^((1-t) H), so p/q = (2^H p)^(1-t).
+
+    Attributes:
+        ids: [N, K] int64, ascending and distinct.
+        counts: [N, K] int64, how often each was drawn; 0 is padding.
+        log2_p: [N, K] float64, log2 of the probability of each id.
+        entropy: [N] float64, H = log2(Σ p^t) / (1 - t), from 0 to log2 V.
+        temperature: t.
+        rounds: R.
+    """
+
+    ids: Tensor
+    counts: Tensor
+    log2_p: Tensor
+    entropy: Tensor
+    temperature: float
+    rounds: int
+
+    def targets(self, *, normalize: bool) -> SparseTargets:
+        """Each id weighs counts * p/q, over its own sum (`normalize`) or over the rounds; see `random_sampling`."""
+        log2_w = self.counts.double().log2() + (1 - self.temperature) * (self.log2_p + self.entropy[:, None])
+        weights = (log2_w * math.log(2)).softmax(-1) if normalize else log2_w.exp2() / self.rounds
+        return SparseTargets(ids=self.ids, weights=weights.float())
+
+
+@torch.no_grad()
+def importance_draws(logits_NV: Tensor, keys: Keys, *, rounds: int = 50, temperature: float) -> ImportanceDraws:
+    """R independent draws with replacement from q ∝ p^temperature, with all that their weights need."""
+    parts = []
+    for part_NV, part_keys in _chunks(logits_NV, keys, extra=8 * BLOCK * rounds):
+        shifted = _shifted(part_NV)
+        total_p = _block_sums(_padded(shifted.exp())).sum(-1, keepdim=True)
+        # 0^0 is 0 here: q's support is p's, so a uniform proposal (t = 0) leaves out ids that are masked with -inf.
+        mass = (shifted * temperature).exp_().masked_fill_(shifted <= _LOWEST, 0)
+        ids, counts = merge_draws(_invert(_padded(mass), part_keys.uniforms(rounds)))
+        total_q = _block_sums(_padded(mass)).sum(-1)
+        log2_p = shifted.gather(-1, ids).double() / math.log(2) - total_p.log2()
+        entropy = (total_q.log2() - temperature * total_p[:, 0].log2()) / (1 - temperature)
+        parts.append((ids, counts, log2_p, entropy.clamp_(min=0)))
+    ids_, counts_, log2_ps, entropies = zip(*parts, strict=True)
+    return ImportanceDraws(
+        ids=_side_by_side(ids_),
+        counts=_side_by_side(counts_),
+        log2_p=_side_by_side(log2_ps),
+        entropy=torch.cat(entropies),
+        temperature=temperature,
+        rounds=rounds,
+    )
 
 
 @torch.no_grad()
@@ -70,23 +145,20 @@ def random_sampling(
     """R independent draws with replacement from q ∝ p^temperature (paper, section 3.4), each worth p/q.
 
     At temperature 1 the weights are `counts / rounds`: they sum to 1 and their mean is p, exactly. At any other
-    temperature `normalize=True` divides Σ over draws of p/q by itself, as section 3.4 does (sums to 1, bias O(1/R));
-    `normalize=False` divides by R instead (exactly unbiased, the sum is 1 only on average).
+    temperature `normalize=True` divides Σ over draws of p/q by itself, as section 3.4 does: every position weighs 1,
+    but a ratio of random sums is biased by O(1/R) towards q. `normalize=False` divides by R instead: exactly unbiased,
+    but the sum is 1 only on average, and at temperatures near 0 a few positions of enormous sums carry a batch.
 
     Returns:
         ids [N, K] ascending and distinct, K the largest number of distinct ids among these positions.
     """
+    if temperature != 1:
+        return importance_draws(logits_NV, keys, rounds=rounds, temperature=temperature).targets(normalize=normalize)
     parts = []
     for part_NV, part_keys in _chunks(logits_NV, keys, extra=8 * BLOCK * rounds):
-        shifted = _shifted(part_NV)
-        mass = (shifted[:, : part_NV.shape[1]] * temperature).exp_() if temperature != 1 else shifted.exp()
-        ids_NR = _invert(_padded(mass), part_keys.uniforms(rounds))
-        ids, counts = merge_draws(ids_NR)
-        if temperature == 1:
-            weights = counts / rounds
-        else:
-            weights = _importance_weights(shifted, mass, ids, counts, rounds, temperature, normalize)
-        parts.append((ids, weights))
+        mass = _shifted(part_NV).exp_()
+        ids, counts = merge_draws(_invert(_padded(mass), part_keys.uniforms(rounds)))
+        parts.append((ids, counts / rounds))
     return _join(parts)
 
 
@@ -210,24 +282,6 @@ def _below(point: Tensor, end: Tensor) -> Tensor:
     return torch.minimum(point, torch.nextafter(end, torch.zeros_like(end)))
 
 
-def _importance_weights(
-    shifted: Tensor,
-    mass: Tensor,
-    ids: Tensor,
-    counts: Tensor,
-    rounds: int,
-    temperature: float,
-    normalize: bool,
-) -> Tensor:
-    """counts * p/q, over its own sum or over the rounds; log p/q = (1 - t) x + log Z_q - log Z_p, in float64."""
-    log_weights = counts.log() + (1 - temperature) * shifted.gather(-1, ids).double()
-    if normalize:
-        return log_weights.softmax(-1).float()
-    total_q = _block_sums(_padded(mass)).sum(-1, keepdim=True)
-    total_p = _block_sums(_padded(shifted.exp())).sum(-1, keepdim=True)
-    return ((log_weights + total_q.log() - total_p.log()).exp() / rounds).float()
-
-
 def _working_dtype(logits: Tensor) -> torch.dtype:
     return torch.promote_types(logits.dtype, torch.float32)
 
@@ -273,8 +327,11 @@ def _chunks(logits_NV: Tensor, keys: Keys, extra: int = 0) -> Iterator[tuple[Ten
 
 def _join(parts: list[tuple[Tensor, Tensor]]) -> SparseTargets:
     """One SparseTargets from chunks of different widths."""
-    width = max(ids.shape[1] for ids, _ in parts)
-    pad = torch.nn.functional.pad
-    ids = torch.cat([pad(ids, (0, width - ids.shape[1])) for ids, _ in parts])
-    weights = torch.cat([pad(w, (0, width - w.shape[1])) for _, w in parts])
-    return SparseTargets(ids=ids, weights=weights.float())
+    ids, weights = zip(*parts, strict=True)
+    return SparseTargets(ids=_side_by_side(ids), weights=_side_by_side(weights).float())
+
+
+def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    """[N, K] from chunks of different widths, padded with zeros."""
+    width = max(part.shape[1] for part in parts)
+    return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from sparsekd.codec import (
     CODECS,
     FlatTargets,
+    Importance,
     check_codec,
     decode,
     decode_row,
@@ -22,8 +23,9 @@ from sparsekd.codec import (
 )
 from sparsekd.errors import FormatError, MismatchError, RecipeError, SparseKDError
 
-COUNTS = [name for name, codec in CODECS.items() if codec.max_rounds]
-WEIGHTS = [name for name, codec in CODECS.items() if not codec.max_rounds]
+COUNTS = [name for name, codec in CODECS.items() if codec.holds == "counts"]
+WEIGHTS = [name for name, codec in CODECS.items() if codec.holds == "weights"]
+DRAWS = [name for name, codec in CODECS.items() if codec.holds == "importance draws"]
 
 
 def flat_counts(positions, rounds):
@@ -52,8 +54,8 @@ def assert_same(one, other):
     assert one.rounds == other.rounds
 
 
-def spec_of(name, width, rounds=None):
-    return {"name": name, "logit_width": width} | ({"rounds": rounds} if rounds else {})
+def spec_of(name, width, rounds=None, **weighing):
+    return {"name": name, "logit_width": width, **weighing} | ({"rounds": rounds} if rounds else {})
 
 
 # --- golden bytes ---------------------------------------------------------------------------------------
@@ -68,6 +70,11 @@ GOLDEN_WEIGHTS = {
     # id 999 with 1/2 and id 3 with 1/4; nothing; id 7 with 1
     "prob24": "0200 0000 0100 e70340 030040 070000",
     "prob40": "0200 0000 0100 e703000044 0300000048 0700000040",
+}
+GOLDEN_DRAWS = {
+    # H = 3 bits and 0 bits; largest p 1/2 and 1; id 999 (p 1/2) once and id 3 (p 1/4) four times; id 7 five times
+    "ratio32": "0018 0000 0004 0000 e7030000 03000c20 07001000",
+    "ratio48": "0018 0000 0004 0000 e70300000000 030030000020 070040000000",
 }
 
 
@@ -87,6 +94,23 @@ def test_weights_have_the_bytes_that_the_format_page_shows(name):
     assert_same(decode(bytes.fromhex(GOLDEN_WEIGHTS[name]), 3, spec), flat)
 
 
+@pytest.mark.parametrize("name", DRAWS)
+def test_draws_have_the_bytes_that_the_format_page_shows(name):
+    """Powers of two are exact: entropies, largest probabilities, then counts with ratios; both weightings by hand."""
+    spec = spec_of(name, 1000, 5, temperature=0.5, normalize=False)
+    found = decode(bytes.fromhex(GOLDEN_DRAWS[name]), 2, spec)
+    assert found.ids.tolist() == [999, 3, 7]
+    assert found.values.tolist() == [1, 4, 5]
+    assert found.sizes.tolist() == [2, 1]
+    assert found.importance.log2_p.tolist() == [-1, -2, 0]
+    assert found.importance.entropy.tolist() == [3, 0]
+    assert encode(found, spec) == bytes.fromhex(GOLDEN_DRAWS[name])
+    plain = [1 / 5 * (8 / 2) ** 0.5, 4 / 5 * (8 / 4) ** 0.5, 1]
+    np.testing.assert_allclose(found.weights, plain, rtol=1e-6)
+    normalised = decode(bytes.fromhex(GOLDEN_DRAWS[name]), 2, spec | {"normalize": True}).weights
+    np.testing.assert_allclose(normalised, [*np.divide(plain[:2], sum(plain[:2])), 1], rtol=1e-6)
+
+
 def test_a_row_begins_with_its_input_ids():
     """Ids of two bytes below 65536 logits; tokens 1 and 2 are supervised, so two targets follow."""
     flat, spec = flat_counts([{3: 4, 999: 1}, {7: 5}], 5), spec_of("raw24", 1000, 5)
@@ -100,14 +124,14 @@ def test_a_row_begins_with_its_input_ids():
 
 def test_every_codec_has_golden_bytes():
     """A codec without a written-down example could change its bytes unnoticed."""
-    assert set(GOLDEN_COUNTS) | set(GOLDEN_WEIGHTS) == set(CODECS)
+    assert set(GOLDEN_COUNTS) | set(GOLDEN_WEIGHTS) | set(GOLDEN_DRAWS) == set(CODECS)
 
 
 def test_the_format_page_shows_the_golden_bytes():
     """docs/format.md and this file cannot drift apart: the page has every example, codec by codec."""
     lines = (Path(__file__).parents[1] / "docs" / "format.md").read_text().splitlines()
     shown = {line.split()[0]: "".join(line.split()[1:]) for line in lines if line.split()[:1]}
-    for name, data in (GOLDEN_COUNTS | GOLDEN_WEIGHTS).items():
+    for name, data in (GOLDEN_COUNTS | GOLDEN_WEIGHTS | GOLDEN_DRAWS).items():
         assert shown[name] == data.replace(" ", "")
 
 
@@ -256,6 +280,151 @@ def test_input_ids_take_the_fewest_whole_bytes(width, size):
     assert id_bytes(width) == size
 
 
+# --- importance draws -----------------------------------------------------------------------------------
+
+
+def drawn(temperature, rounds=50, positions=200, width=4000, seed=0):
+    """Draws as the sampler makes them, and its own weights: plain, self-normalised. Peaked and flat positions."""
+    import torch
+
+    from sparsekd.samplers import sample_importance
+
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(positions, width, generator=generator) * torch.linspace(0.5, 5, positions)[:, None]
+    draws = sample_importance(logits, rounds=rounds, temperature=temperature, seed=seed)
+    given = Importance(log2_p=draws.log2_p.numpy(), entropy=draws.entropy.float().numpy(), temperature=temperature)
+    flat = FlatTargets.from_padded(draws.ids.numpy(), draws.counts.numpy(), rounds, given)
+    kept = draws.counts.numpy() > 0
+    return flat, *(draws.targets(normalize=normalize).weights.numpy()[kept] for normalize in (False, True))
+
+
+def error_bound(flat):
+    """[M] octaves by which a stored p may be off: 1/2048 for the largest, then sqrt(o) / 32 for a gap of o octaves."""
+    bounds = np.zeros(len(flat.ids))
+    for entries in np.split(np.arange(len(flat.ids)), np.cumsum(flat.sizes)[:-1]):
+        order = entries[np.argsort(-flat.importance.log2_p[entries], kind="stable")]
+        gaps = -np.diff(flat.importance.log2_p[order], prepend=flat.importance.log2_p[order[0]])
+        steps = (np.sqrt(gaps) + 0.05) / 32
+        steps[0] = 1 / 2048
+        bounds[order] = np.maximum.accumulate(steps)
+    return bounds
+
+
+def as_dict(flat):
+    return dict(zip(zip(flat.positions.tolist(), flat.ids.tolist(), strict=True), range(len(flat.ids)), strict=True))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 0.8, 1.2, 2.0])
+@pytest.mark.parametrize("rounds", [50, 1000])
+def test_decoded_importance_weights_are_the_samplers_to_the_stated_precision(temperature, rounds):
+    """Counts exactly; both weightings, read from the same bytes, within |1 - t| times the error of p (format page)."""
+    flat, plain, normalised = drawn(temperature, rounds, positions=100)
+    data = encode(flat, default_codec(rounds, 4000, temperature))
+    spec = default_codec(rounds, 4000, temperature, normalize=False)
+    found = decode(data, len(flat.sizes), spec)
+    where = as_dict(found)
+    at = np.array([where[key] for key in as_dict(flat)])
+    np.testing.assert_array_equal(found.values[at], flat.values)
+    power, bound = abs(1 - temperature), error_bound(flat)
+    assert (np.abs(found.importance.log2_p[at] - flat.importance.log2_p) <= bound).all()
+    error = np.abs(np.log2(found.weights[at]) - np.log2(plain))
+    assert (error <= power * (bound + 2**-12) + 1e-6).all()
+    again = decode(data, len(flat.sizes), spec | {"normalize": True})
+    worst = np.maximum.reduceat(bound, np.cumsum(flat.sizes) - flat.sizes)
+    error = np.abs(np.log2(again.weights[at]) - np.log2(normalised))
+    assert (error <= power * (bound + worst[flat.positions]) + 1e-6).all()
+    assert (np.abs(again.weights[at] - normalised)).mean() < 0.01 * power * normalised.mean()
+
+
+def test_the_two_weightings_differ_as_the_docstring_says():
+    """One draw, t = 0.5: self-normalised weighs it 1 whatever its p; plain weighs it p/q, and Σ_i q_i p_i/q_i = 1."""
+    p = np.array([0.6, 0.3, 0.1])
+    q = p**0.5 / (p**0.5).sum()
+    entropy = np.log2((p**0.5).sum()) / 0.5
+    given = Importance(log2_p=np.log2(p), entropy=np.full(3, entropy), temperature=0.5, normalize=False)
+    one = FlatTargets(ids=np.arange(3), values=np.ones(3, np.uint32), sizes=np.ones(3, int), rounds=1, importance=given)
+    np.testing.assert_allclose(one.weights, p / q, rtol=1e-6)
+    assert (q * one.weights).sum() == pytest.approx(1, rel=1e-6)
+    from dataclasses import replace
+
+    np.testing.assert_allclose(replace(one, importance=replace(given, normalize=True)).weights, 1)
+
+
+@pytest.mark.parametrize("rounds", [50, 1000])
+def test_draws_read_back_are_the_same_bytes_again(rounds):
+    """encode(decode(b)) is b, so that carrying targets from cache to cache loses nothing; smaller than raw40 + size."""
+    flat, *_ = drawn(0.5, rounds)
+    spec = default_codec(rounds, 4000, 0.5)
+    data = encode(flat, spec)
+    assert encode(decode(data, len(flat.sizes), spec), spec) == data
+    assert len(data) == 4 * len(flat.sizes) + (4 if rounds == 50 else 6) * len(flat.ids)
+
+
+def test_taking_and_joining_positions_keeps_what_weighs_them():
+    """take(any order) and join carry log2_p and entropies along; a position's weights do not depend on its company."""
+    flat, *_ = drawn(0.5, positions=6)
+    order = [4, 0, 0, 5]
+    parts = FlatTargets.join([flat.take([position]) for position in order])
+    assert_same(parts, flat.take(order))
+    np.testing.assert_array_equal(parts.padded()[1], flat.padded()[1][order][:, : int(parts.sizes.max())])
+
+
+def test_an_extreme_position_has_finite_positive_weights():
+    """t = 10 and p = 2^-149, or t = 0 and p = 2^-140: no overflow, no weight that would be taken for padding."""
+    for temperature, log2_p in ((10.0, [-149, 0]), (0.0, [-140, -149])):
+        for normalize in (False, True):
+            given = Importance(
+                log2_p=np.array(log2_p), entropy=np.zeros(1), temperature=temperature, normalize=normalize
+            )
+            flat = FlatTargets(
+                ids=np.array([1, 2]), values=np.array([1, 1]), sizes=np.array([2]), rounds=2, importance=given
+            )
+            assert (flat.weights > 0).all()
+            assert np.isfinite(flat.weights).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"temperature": 0.6}, r"temperature=0\.6, codec ratio32 was set up for temperature=0\.5"),
+        ({"log2_p": np.array([-1.0, np.nan])}, "position 0 has log2_p=nan"),
+        ({"log2_p": np.array([-1.0, 0.5])}, r"position 0 has log2_p=0\.5; it is finite and at most 0"),
+        ({"entropy": np.array([np.inf])}, "position 0 has an entropy that is none"),
+    ],
+)
+def test_draws_that_do_not_fit_are_not_written(change, words):
+    """Another temperature, and numbers that are no log-probabilities or entropies."""
+    settings = {"log2_p": np.array([-1.0, -2.0]), "entropy": np.array([1.0]), "temperature": 0.5} | change
+    flat = FlatTargets(
+        ids=np.array([1, 2], np.uint32),
+        values=np.array([2, 3], np.uint32),
+        sizes=np.array([2]),
+        rounds=5,
+        importance=Importance(**settings),
+    )
+    with pytest.raises(MismatchError, match=words):
+        encode(flat, spec_of("ratio32", 10, 5, temperature=0.5, normalize=True))
+    with pytest.raises(MismatchError, match="targets are importance draws, codec raw24 holds counts"):
+        encode(flat, spec_of("raw24", 10, 5))
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ("0018", "2 bytes cannot hold 2 numbers of 1 positions"),
+        ("0018 0000 0700", "2 bytes are no whole number of 4-byte words"),
+        ("0018 0000 07000c00", "need 5, the counts sum to 4"),
+        ("0018 0000 e8031000", "position 0 has id 1000, but logit_width=1000"),
+        ("0018 0000 07001001", "position 0 has a first step of 1 after its largest probability"),
+        ("0018 ffff 070000ff 080000ff 090008ff", r"position 0 has a probability below 2\^-150"),
+    ],
+)
+def test_damaged_draws_are_named(data, words):
+    """Numbers, sums, ranges and steps are checked, and the position is named."""
+    with pytest.raises(FormatError, match=words):
+        decode(bytes.fromhex(data), 1, spec_of("ratio32", 1000, 5, temperature=0.5, normalize=True))
+
+
 # --- FlatTargets ----------------------------------------------------------------------------------------
 
 
@@ -314,6 +483,15 @@ def test_the_default_codec_is_the_smallest_that_fits(rounds, width, name):
 
 
 @pytest.mark.parametrize(
+    ("rounds", "width", "name"), [(64, 2**18, "ratio32"), (65, 10, "ratio48"), (50, 2**18 + 1, "ratio48")]
+)
+def test_importance_draws_are_stored_unweighed_by_default(rounds, width, name):
+    """ratio32 where raw24 would fit, else ratio48; the spec says how to weigh."""
+    spec = default_codec(rounds, width, temperature=0.8, normalize=False)
+    assert spec == spec_of(name, width, rounds, temperature=0.8, normalize=False)
+
+
+@pytest.mark.parametrize(
     ("spec", "words"),
     [
         (spec_of("paper24", 131_073, 50), "paper24 holds ids below 131072, but logit_width=131073; raw24 holds"),
@@ -325,6 +503,11 @@ def test_the_default_codec_is_the_smallest_that_fits(rounds, width, name):
         (spec_of("prob40", 10, 5), "prob40 takes the keys"),
         (spec_of("raw24", True, 5), "logit_width=True"),
         (spec_of("raw24", 10, 5.0), r"rounds=5\.0"),
+        (spec_of("ratio32", 10, 65, temperature=0.8, normalize=True), "rounds=65; ratio32 .* ratio48"),
+        (spec_of("ratio32", 10, 5), r"ratio32 takes the keys .*'normalize', 'rounds', 'temperature'"),
+        (spec_of("ratio32", 10, 5, temperature=1, normalize=True), "temperature=1; draws with .* need raw24"),
+        (spec_of("ratio48", 10, 5, temperature=float("nan"), normalize=True), "temperature=nan"),
+        (spec_of("ratio48", 10, 5, temperature=0.8, normalize=1), "normalize=1"),
     ],
 )
 def test_a_codec_that_does_not_fit_is_refused_with_the_way_out(spec, words):
@@ -446,7 +629,8 @@ def test_prob24_refuses_weights_below_every_float():
 )
 def test_any_bytes_decode_or_are_refused(name, data, positions, rounds):
     """No bytes crash a decoder, and bytes it accepts are exactly what the encoder writes for counts."""
-    spec = spec_of(name, 5000, rounds if name in COUNTS else None)
+    weighing = {"temperature": 0.5, "normalize": True} if name in DRAWS else {}
+    spec = spec_of(name, 5000, None if name in WEIGHTS else rounds, **weighing)
     try:
         flat = decode(data, positions, spec)
     except SparseKDError:
