@@ -288,8 +288,12 @@ def _rate_all(
         if stop.is_set():
             raise CancelledError
         first = reference_first(sampling.seed, prompt.id, index)
-        line = _rating_line(rater, prompt, index, texts[prompt.id, index], first, lambda s: _wait(stop, s))
-        journal.append(line)
+        try:
+            line = _rating_line(rater, prompt, index, texts[prompt.id, index], first, lambda s: _wait(stop, s))
+            journal.append(line)
+        except BaseException:  # a key that is refused, a full disk: no other thread need try
+            stop.set()
+            raise
         return line
 
     with ThreadPoolExecutor(concurrency) as pool:
