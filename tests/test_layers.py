@@ -56,6 +56,9 @@ LAYERS: dict[str, set[str]] = {
         "report_page",
         "report",
         "demo",
+        "adapt",
+        "speculate",
+        "tasks",
         "reproduction",
         "toys",
         "laws",
@@ -69,6 +72,7 @@ NOT_BELOW = {"storage": {"maths"}}
 # Programs meet on disk; these imports between them are meant.
 PROGRAMS_TOGETHER = {
     "train": {"student", "training_set"},
+    "adapt": {"train"},
     "report_page": {"plots"},
     "report": {"comparison", "report_page"},
     "reproduction": {"comparison"},
@@ -92,7 +96,18 @@ FORBIDDEN_IN = {
     for name in ("comparison", "plots", "report_page", "report", "reproduction", "reproduce_page")
 }
 # Imported inside functions only, so that `import sparsekd.x` stays quick and optional packages stay optional.
-LATE = {"transformers", "datasets", "matplotlib", "peft", "pyarrow", "tokenizers", "accelerate", "tqdm", "yaml"}
+LATE = {
+    "transformers",
+    "datasets",
+    "matplotlib",
+    "peft",
+    "pyarrow",
+    "tokenizers",
+    "accelerate",
+    "tqdm",
+    "yaml",
+    "lm_eval",
+}
 
 
 def imports(source: str) -> list[tuple[str, bool]]:
