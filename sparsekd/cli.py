@@ -112,6 +112,16 @@ def verify(
             )
 
 
+@app.command(epilog=_example("adapt", "teacher=MODEL rows=rows out=adapted"))
+def adapt(config: Recipe = None, settings: Settings = None, show: ShowSettings = False) -> None:
+    """Teacher + rows -> a teacher fine-tuned on them, to capture from instead. Run again to resume."""
+    with _bar("step") as progress:
+        metrics = _run("adapt", config, settings, show, progress=False, callbacks=lambda: [_show_training(progress)])
+    print(
+        f"adapted in {metrics['steps']:,} steps, {metrics['tokens']:,} tokens, train loss {metrics['train_loss']:.3f}"
+    )
+
+
 @app.command(epilog=_example("train", "cache=cache student=tiny out=student eval_rows=rows"))
 def train(config: Recipe = None, settings: Settings = None, show: ShowSettings = False) -> None:
     """Cache -> student: a stock transformers Trainer on the cache alone. Run again to resume."""
@@ -124,8 +134,15 @@ def train(config: Recipe = None, settings: Settings = None, show: ShowSettings =
 
 
 @app.command(epilog=_example("evaluate", "model=student rows=rows teacher=MODEL"))
-def evaluate(config: Recipe = None, settings: Settings = None, show: ShowSettings = False) -> None:
+def evaluate(
+    config: Recipe = None,
+    settings: Settings = None,
+    show: ShowSettings = False,
+    names: Annotated[str | None, typer.Option("--tasks", metavar="A,B", help="The same as `sparsekd tasks`.")] = None,
+) -> None:
     """Model + held-out rows -> evaluation.json: loss, bits per byte, calibration, speculative acceptance."""
+    if names is not None:
+        return tasks(config, [*(settings or []), f"tasks={names}"], show)
     with _bar("row") as progress:
         result = _run("evaluate", config, settings, show, progress=progress)
     for name in ("loss", "accuracy", "acceptance", "agreement", "teacher_kl"):
@@ -133,6 +150,49 @@ def evaluate(config: Recipe = None, settings: Settings = None, show: ShowSetting
             print(f"{name:>15}  {result[name]['mean']:.4f} ± {result[name]['standard_error']:.4f}")
     for name in ("perplexity", "bits_per_byte", "ece"):
         print(f"{name:>15}  {result[name]:.4f}")
+
+
+@app.command(epilog=_example("judge", "model=student prompts=dolly.jsonl judge_model=NAME out=judged"))
+def judge(config: Recipe = None, settings: Settings = None, show: ShowSettings = False) -> None:
+    """Model + prompts -> judge.json: responses rated beside the ground truth by a chat endpoint; resumes."""
+    with _bar("rating") as progress:
+        result = _run("judge", config, settings, show, progress=progress)
+    error, counts = result["score"]["standard_error"], result["counts"]
+    print(f"score {result['score']['mean']:.1%}" + (f" ± {error:.1%}" if error is not None else ""))
+    names = ("prompts", "rated", "malformed", "failed", "empty_responses", "cut_off_responses")
+    print(", ".join(f"{counts[name]:,} {name.replace('_', ' ')}" for name in names))
+
+
+@app.command(epilog=_example("tasks", "model=student tasks=hellaswag,piqa"))
+def tasks(config: Recipe = None, settings: Settings = None, show: ShowSettings = False) -> None:
+    """Model -> tasks.json: zero-shot tasks of lm-eval, or of a folder of your own (include_path=FOLDER)."""
+    result = _run("tasks", config, settings, show)
+    for name, metrics in result["tasks"].items():
+        for metric, value in metrics.items():
+            print(f"{name:>24}  {metric:<16} {_estimate(value)}")
+    if result["average"] is not None:
+        print(f"{'average':>24}  {'':<16} {_estimate(result['average'])}")
+
+
+@app.command(epilog=_example("speculate", "teacher=MODEL student=student rows=rows draft_length=4"))
+def speculate(config: Recipe = None, settings: Settings = None, show: ShowSettings = False) -> None:
+    """Teacher + student -> speculate.json: drafts accepted, expected and in real generation, and the speed-up."""
+    with _bar("prompt") as progress:
+        result = _run("speculate", config, settings, show, progress=progress)
+    measured, speed = result["measured"], result["speed"]
+    expected = result["expected"]["teacher_text"]["tokens_per_call"]
+    print(f"     drafts accepted  {_estimate(measured['acceptance'])} (on the rows {_estimate(result['acceptance'])})")
+    print(f"     tokens per call  {measured['tokens_per_call']:.4f} (expected {expected:.4f})")
+    print(
+        f"            speed-up  {_estimate(speed['speedup'])} (a draft costs {speed['student_cost']:.2f} teacher steps)"
+    )
+
+
+def _estimate(value: dict[str, Any]) -> str:
+    mean, error = value["mean"], value["standard_error"]
+    if mean is None:
+        return "no number"
+    return f"{mean:.4f}" if error is None else f"{mean:.4f} ± {error:.4f}"
 
 
 @app.command()

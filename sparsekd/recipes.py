@@ -24,8 +24,12 @@ from sparsekd.errors import RecipeError
 STAGES = {
     "pack": ("sparsekd.rows", "pack"),
     "capture": ("sparsekd.capture", "capture"),
+    "adapt": ("sparsekd.adapt", "adapt"),
     "train": ("sparsekd.train", "train"),
     "evaluate": ("sparsekd.evaluate", "evaluate"),
+    "tasks": ("sparsekd.tasks", "run_tasks"),
+    "speculate": ("sparsekd.speculate", "speculate"),
+    "judge": ("sparsekd.judge", "judge"),
 }
 # Arguments that code passes and files cannot.
 _NOT_SETTINGS = {"progress", "callbacks"}
