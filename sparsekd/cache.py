@@ -21,7 +21,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -176,16 +176,22 @@ class CacheReader:
     Takes a local folder or an fsspec URL. A few shards stay open; handles are dropped when pickled, so a
     reader can go to data loader workers. Threads may share one reader.
 
+    Args:
+        normalize: for a cache of importance draws (codec ratio32 or ratio48): read self-normalised weights (True) or
+            plain unbiased ones (False), see `flat.Importance`; default: as captured.
+
     Raises:
+        RecipeError: `normalize` for a cache whose weights are settled.
         IncompleteError: there is no cache, or shards are missing.
         FormatError: damaged or hostile files, at open or when a row is read.
         VersionError: a cache from a newer sparsekd.
         MismatchError: manifest.json and a shard belong to different captures.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, normalize: bool | None = None) -> None:
         self.path = str(path)
         self.manifest, self.spec = _open_manifest(self.path)
+        self._read_as = self.spec if normalize is None else _weighed(self.spec, normalize)
         self._shards: OrderedDict[int, ShardReader] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -219,7 +225,7 @@ class CacheReader:
         index = self._index(index)
         shard, row = divmod(index, self.spec.shard_rows)
         reader = self._shard(shard)
-        return decode_record(reader.read_row(row), self.spec, f"{reader.path}: row {index}")
+        return decode_record(reader.read_row(row), self._read_as, f"{reader.path}: row {index}")
 
     def _index(self, index: int) -> int:
         found = operator.index(index)
@@ -261,10 +267,21 @@ class CacheReader:
         self.close()
 
     def __getstate__(self) -> Json:
-        return {"path": self.path, "manifest": self.manifest, "spec": self.spec}
+        return {"path": self.path, "manifest": self.manifest, "spec": self.spec, "_read_as": self._read_as}
 
     def __setstate__(self, state: Json) -> None:
         self.__dict__.update(state, _shards=OrderedDict(), _lock=threading.Lock())
+
+
+def _weighed(spec: CacheSpec, normalize: bool) -> CacheSpec:
+    """How to read draws that are stored unweighed; shards are still compared with what was captured."""
+    if "normalize" not in spec.codec:
+        raise RecipeError(
+            f"normalize={str(normalize).lower()} chooses between the weightings of importance draws, this cache "
+            f"(codec {spec.codec['name']}) has one only; leave normalize out, or capture with a sampler.temperature "
+            "other than 1"
+        )
+    return replace(spec, codec=spec.codec | {"normalize": normalize})
 
 
 def _open_manifest(path: str) -> tuple[Json, CacheSpec]:

@@ -89,9 +89,17 @@ def _provenance(path: str, reader: CacheReader) -> list[tuple[str, str]]:
             f"{_source(data.get('source'))}; split {data.get('split')}, packed with seed {data.get('seed')} to rows "
             f"of {spec.seq_len} tokens (fingerprint {str(data.get('fingerprint'))[:12]})",
         ),
+        *_misaligned(data.get("misaligned")),
         ("sampler", _sampler(spec.sampler)),
         ("codec", spec.codec["name"]),
     ]
+
+
+def _misaligned(made_for: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if made_for is None:
+        return []
+    packing = f"seed {made_for.get('seed')}, rows of {made_for.get('seq_len')} tokens"
+    return [("MISALIGNED", f"the teacher saw another packing: {packing} ({str(made_for.get('fingerprint'))[:12]})")]
 
 
 def _sampler(sampler: dict[str, Any]) -> str:

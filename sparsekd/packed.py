@@ -162,6 +162,19 @@ class RowsReader:
         return RowsReader, (self.path, self.split)  # a worker process maps the files itself
 
 
+def describe_rows(reader: RowsReader) -> dict[str, Any]:
+    """What a cache records of the rows that it was made from."""
+    manifest = reader.manifest
+    return {
+        "fingerprint": reader.fingerprint,
+        "split": reader.split,
+        "source": manifest["source"],
+        "packing": manifest["packing"],
+        "seed": manifest["seed"],
+        "document_mask": manifest["document_mask"],
+    }
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a folder of rows.
 

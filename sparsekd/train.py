@@ -83,6 +83,8 @@ def train(
     residual: str = "none",
     hard_ratio: float = 1.0,
     divergence: str = "forward_kl",
+    normalize: bool | None = None,
+    allow_misaligned: bool = False,
     dtype: str | None = None,
     device: str | None = None,
     gradient_checkpointing: bool = False,
@@ -129,6 +131,9 @@ def train(
             ghost or label (paper, sections 2 and 3).
         hard_ratio: for "cached": learning rate of the harder half of a batch's tokens over the easier half's (5.3).
         divergence: forward_kl, reverse_kl, forward_reverse_kl, l1 or mse (6.3); a cache can give forward_kl and mse.
+        normalize: for a cache of importance draws: self-normalised (true) or plain unbiased weights (false); default:
+            as captured.
+        allow_misaligned: train on what `sparsekd misalign` made, whose targets belong to other contexts.
         dtype: "float32", or "bfloat16" for mixed precision (weights stay float32).
         device: "cpu" or "cuda" (one per process; choose among several by CUDA_VISIBLE_DEVICES).
         gradient_checkpointing: compute activations twice instead of keeping them.
@@ -153,7 +158,7 @@ def train(
     _check_settings(recipe)
     if (finished := _finished(out, recipe)) is not None:
         return finished
-    data = open_training_set(method, cache, rows)
+    data = open_training_set(method, cache, rows, normalize=normalize, allow_misaligned=allow_misaligned)
     try:
         _check_unchanged(out, data.identity)
         steps, rows_per_step = _plan(len(data.rows), recipe)

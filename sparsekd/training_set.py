@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,17 @@ class TrainingSet:
             self.rows.close()
 
 
-def open_training_set(method: str, cache: str | None, rows: str | None) -> TrainingSet:
+def open_training_set(
+    method: str,
+    cache: str | None,
+    rows: str | None,
+    *,
+    normalize: bool | None = None,
+    allow_misaligned: bool = False,
+) -> TrainingSet:
     """The cache, behind its alignment canary, or plain rows.
+
+    `normalize` is the reader's (for importance draws); `allow_misaligned` takes what `sparsekd misalign` made.
 
     Raises:
         RecipeError: both or none given, or no targets for method "cached".
@@ -44,14 +54,17 @@ def open_training_set(method: str, cache: str | None, rows: str | None) -> Train
     if (cache is None) == (rows is None):
         raise RecipeError("give cache=FOLDER, or rows=FOLDER for method=ce or full_kd (one of them, not both)")
     if cache is not None:
-        return _from_cache(cache)
+        return _from_cache(cache, normalize, allow_misaligned)
+    if normalize is not None:
+        raise RecipeError(f"normalize={str(normalize).lower()} is about a cache's targets; give cache=FOLDER")
     if method == "cached":
         raise RecipeError("method=cached needs cache=FOLDER; rows=FOLDER alone has no targets")
     return _from_rows(Path(str(rows)))
 
 
-def _from_cache(cache: str) -> TrainingSet:
-    reader = CacheReader(cache)
+def _from_cache(cache: str, normalize: bool | None, allow_misaligned: bool) -> TrainingSet:
+    reader = CacheReader(cache, normalize=normalize)
+    _check_misaligned(cache, reader, allow_misaligned)
     check_alignment(reader)
     reader.close()  # data loader workers open files of their own
     spec = reader.spec
@@ -66,6 +79,21 @@ def _from_cache(cache: str) -> TrainingSet:
         fingerprint=fingerprint,
         identity={"rows": fingerprint, "sampler": spec.sampler, "teacher": spec.teacher.get("weights")},
     )
+
+
+def _check_misaligned(cache: str, reader: CacheReader, allowed: bool) -> None:
+    made_for = reader.spec.data.get("misaligned")
+    if made_for is None:
+        return
+    what = (
+        f"{cache} is misaligned: its targets were made for rows {str(made_for['fingerprint'])[:12]} "
+        f"(seed={made_for['seed']}, seq_len={made_for['seq_len']}), its rows are "
+        f"{str(reader.spec.data.get('fingerprint'))[:12]} (seed={reader.spec.data.get('seed')}, "
+        f"seq_len={reader.spec.seq_len})"
+    )
+    if not allowed:
+        raise MismatchError(f"{what}; capture these rows, or set allow_misaligned=true to measure what that costs")
+    logging.getLogger(__name__).warning("WARNING: %s; the student learns from the wrong contexts", what)
 
 
 def _from_rows(path: Path) -> TrainingSet:

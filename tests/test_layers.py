@@ -45,6 +45,7 @@ LAYERS: dict[str, set[str]] = {
     },
     "programs": {
         "capture",
+        "misalign",
         "student",
         "training_set",
         "train",
@@ -62,6 +63,7 @@ LAYERS: dict[str, set[str]] = {
         "reproduction",
         "toys",
         "laws",
+        "toy_tasks",
         "reproduce_page",
         "reproduce",
     },
@@ -79,7 +81,8 @@ PROGRAMS_TOGETHER = {
     "reproduce_page": {"report_page", "reproduction"},
     "toys": {"plots", "reproduction"},
     "laws": {"reproduction"},
-    "reproduce": {"plots", "reproduction", "reproduce_page", "toys", "laws"},
+    "toy_tasks": {"plots", "reproduction"},
+    "reproduce": {"plots", "reproduction", "reproduce_page", "toys", "toy_tasks", "laws"},
     "demo": {"train", "capture", "evaluate", "inspect", "report"},  # inside its functions only
 }
 # Libraries that a layer's modules must not name, wherever in the file.
