@@ -123,23 +123,29 @@ def reliability(bins: Sequence[Mapping[str, Any]], name: str, label: str, ece: f
     used = [b for b in bins if b["count"] and b["confidence"] is not None and b["accuracy"] is not None]
     if not used:
         return None
-    colour, total = PALETTE[paint], sum(b["count"] for b in used)
-    x, y = [b["confidence"] for b in used], [b["accuracy"] for b in used]
+    colour = PALETTE[paint]
     with canvas(200, 206, left=32, right=6, bottom=38, top=4) as (figure, axes):
-        shares = [b["count"] / total for b in bins]
-        centres = [(i + 0.5) / len(bins) for i in range(len(bins))]
-        heights = [0.28 * s / max(shares) for s in shares]
-        axes.bar(centres, heights, width=0.82 / len(bins), color=PALETTE["line"], linewidth=0)
-        axes.plot([0, 1], [0, 1], color=PALETTE["muted"], linewidth=1)
-        axes.fill_between(x, x, y, color=colour, alpha=0.22, linewidth=0)
-        axes.plot(x, y, color=colour, linewidth=1.8, marker="o", markersize=3.6)
-        axes.set(xlim=(0, 1), ylim=(0, 1), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
-        axes.set_xticklabels(["0", "½", "1"])
-        axes.set_yticklabels(["0", "½", "1"])
+        reliability_axes(axes, bins, colour)
         if ece is not None:
             axes.text(0.06, 0.9, f"ECE {100 * ece:.1f} %", color=colour, fontweight="bold", va="center")
         axis_names(axes, "confidence", "accuracy")
         return inline_svg(figure, f"reliability-{name}", f"Reliability diagram of {label}.")
+
+
+def reliability_axes(axes: Any, bins: Sequence[Mapping[str, Any]], colour: str) -> None:
+    """One reliability diagram on given axes: grey columns for where the examples are, the gap shaded."""
+    used = [b for b in bins if b["count"]]
+    x, y = [b["confidence"] for b in used], [b["accuracy"] for b in used]
+    most = max(b["count"] for b in bins)
+    centres = [(i + 0.5) / len(bins) for i in range(len(bins))]
+    heights = [0.28 * b["count"] / most for b in bins]
+    axes.bar(centres, heights, width=0.82 / len(bins), color=PALETTE["line"], linewidth=0)
+    axes.plot([0, 1], [0, 1], color=PALETTE["muted"], linewidth=1)
+    axes.fill_between(x, x, y, color=colour, alpha=0.22, linewidth=0)
+    axes.plot(x, y, color=colour, linewidth=1.8, marker="o", markersize=3.6)
+    axes.set(xlim=(0, 1), ylim=(0, 1), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
+    axes.set_xticklabels(["0", "½", "1"])
+    axes.set_yticklabels(["0", "½", "1"])
 
 
 def storage(bars: Sequence[Mapping[str, Any]], paint: Mapping[str, str], *, width: int) -> str | None:

@@ -18,10 +18,11 @@ from sparsekd.files import write_atomically
 from sparsekd.laws import LAWS_OF_APPENDIX_A
 from sparsekd.reproduce_page import render_page, terminal_text
 from sparsekd.reproduction import Reproduction, Result, Settings, from_json, to_json
+from sparsekd.toy_tasks import FIG_2B
 from sparsekd.toys import TOYS
 
 # A name's result, in the order of the page.
-REPRODUCTIONS: dict[str, Reproduction] = {**TOYS, "laws": LAWS_OF_APPENDIX_A}
+REPRODUCTIONS: dict[str, Reproduction] = {**TOYS, "fig2b": FIG_2B, "laws": LAWS_OF_APPENDIX_A}
 PROFILES = ("quick", "full")
 
 
