@@ -12,7 +12,7 @@ import queue
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -41,7 +41,7 @@ from sparsekd.codec import (
 )
 from sparsekd.errors import MismatchError, ModelError, RecipeError, StorageError
 from sparsekd.manifest import shard_name
-from sparsekd.packed import RowsReader
+from sparsekd.packed import RowsReader, describe_rows
 from sparsekd.samplers import (
     SAMPLERS,
     ImportanceDraws,
@@ -128,7 +128,7 @@ def capture(
     shard_rows: int | None = None,
     dtype: str | None = None,
     device: str | None = None,
-    threads: int | None = None,
+    threads: int = 1,
     limit_rows: int | None = None,
     shard_range: str | None = None,
     force: bool = False,
@@ -152,8 +152,8 @@ def capture(
         shard_rows: rows of a shard, the unit of resume; default: at most 4M tokens, and 16 shards of a small cache.
         dtype: of the teacher; default float32 on a CPU, bfloat16 on an accelerator.
         device: "cpu", "cuda" or "cuda:N"; default: the accelerator where there is one.
-        threads: CPU threads (default: torch's own choice, which follows OMP_NUM_THREADS); the last bits of logits may
-            depend on it.
+        threads: CPU threads of this process, part of the cache's identity because the last bits of logits may depend
+            on it. One by default, whatever OMP_NUM_THREADS says: give a CPU more processes (torchrun) instead.
         limit_rows: only the first rows of the split.
         shard_range: "a:b" makes only the shards a .. b-1.
         force: write although the disk looks too small.
@@ -173,21 +173,20 @@ def capture(
     name, parameters = _sampler(sampler)
     _check_codec(codec, name, parameters)
     device = models.check_device(device)
-    if device == "cpu" and threads:
-        torch.set_num_threads(threads)
     reader = RowsReader(rows, split)
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
     model = models.open_model(teacher, dtype=dtype, device=device)
     _check_teacher(model, teacher, reader)
     draws = {"name": name, **parameters, "seed": seed}
-    spec = _make_spec(reader, model, teacher, draws, codec, batch_size, shard_rows, limit_rows)
-    writer = CacheWriter(out, spec, engine=_engine(device))
-    _copy_tokenizer(reader.path, Path(out))
-    source = Teacher(model=model, head=_head(model), spec=spec)
-    todo = _share(writer.missing(_parse_range(shard_range, spec.shards)))
-    if todo:
-        estimate = _preflight(source, reader, todo, Path(out), force)
-        _make_shards(source, reader, writer, todo, estimate, progress)
+    with cpu_threads(threads):
+        spec = _make_spec(reader, model, teacher, draws, codec, batch_size, shard_rows, limit_rows)
+        writer = CacheWriter(out, spec, engine=_engine(device))
+        _copy_tokenizer(reader.path, Path(out))
+        source = Teacher(model=model, head=_head(model), spec=spec)
+        todo = _share(writer.missing(_parse_range(shard_range, spec.shards)))
+        if todo:
+            estimate = _preflight(source, reader, todo, Path(out), force)
+            _make_shards(source, reader, writer, todo, estimate, progress)
     if all((Path(out) / shard_name(shard)).exists() for shard in range(spec.shards)):
         return writer.finalize()
     return None
@@ -206,8 +205,6 @@ def recompute(cache: CacheReader, teacher: str, rows: int, seed: int = 0, device
     """
     check_at_least(1, rows=rows)
     spec, device = cache.spec, models.check_device(device)
-    if device == "cpu" and (threads := _engine_threads(cache)):
-        torch.set_num_threads(threads)
     model = models.open_model(teacher, dtype=spec.teacher["dtype"], device=device)
     found = models.describe(model, teacher)["weights"]
     if found != spec.teacher["weights"]:
@@ -218,11 +215,23 @@ def recompute(cache: CacheReader, teacher: str, rows: int, seed: int = 0, device
     source = Teacher(model=model, head=_head(model), spec=spec)
     chosen = np.random.default_rng(seed).choice(spec.rows, size=min(rows, spec.rows), replace=False)
     result = {"rows": 0, "positions": 0, "identical": 0, "differing": 0, "drift": 0.0}
-    for row in sorted(int(r) for r in chosen):
-        again = _redraw(source, cache, row)
-        _compare(cache.flat(row), again, spec, result)
+    with cpu_threads(spec.capture.get("threads", 1)):
+        for row in sorted(int(r) for r in chosen):
+            again = _redraw(source, cache, row)
+            _compare(cache.flat(row), again, spec, result)
     result["drift"] /= max(result["positions"], 1)
     return result
+
+
+@contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """So many threads inside torch's operators; the number before comes back."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _redraw(source: Teacher, cache: CacheReader, row: int) -> FlatTargets:
@@ -283,11 +292,12 @@ def _make_spec(
         sampler=draws | {"rng": rng.ALGORITHM, "unbiased": is_unbiased(draws["name"], parameters)},
         teacher=models.describe(model, teacher),
         tokenizer=reader.manifest["tokenizer"],
-        data=_describe_rows(reader),
+        data=describe_rows(reader),
         capture={
             "batch_size": batch_size,
             "head_chunk": max(1, HEAD_BYTES.get(device, HEAD_BYTES["cuda"]) // (4 * width)),
-        },
+        }
+        | ({"threads": torch.get_num_threads()} if device == "cpu" else {}),
     )
 
 
@@ -338,18 +348,6 @@ def _default_shard_rows(rows: int, seq_len: int, batch_size: int) -> int:
     return -(-wanted // batch_size) * batch_size
 
 
-def _describe_rows(reader: RowsReader) -> dict[str, Any]:
-    manifest = reader.manifest
-    return {
-        "fingerprint": reader.fingerprint,
-        "split": reader.split,
-        "source": manifest["source"],
-        "packing": manifest["packing"],
-        "seed": manifest["seed"],
-        "document_mask": manifest["document_mask"],
-    }
-
-
 def _engine(device: str) -> dict[str, Any]:
     """On what the shards were made: recorded, not part of the identity."""
     import transformers
@@ -360,12 +358,7 @@ def _engine(device: str) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "device": "cpu" if device == "cpu" else torch.cuda.get_device_name(device),
     }
-    return engine | ({"threads": torch.get_num_threads()} if device == "cpu" else {})
-
-
-def _engine_threads(cache: CacheReader) -> int | None:
-    engines = cache.manifest.get("engines") or [{}]
-    return engines[0].get("threads")
+    return engine
 
 
 def _head(model: Any) -> models.Head:

@@ -86,7 +86,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         shard_rows=40,
         batch_size=8,
         device="cpu",
-        threads=1,
         sampler={"name": "random_sampling", "rounds": 20},
     )
     return World(rows=str(home / "rows"), teacher=str(home / "teacher"), cache=str(home / "cache"), corpus=corpus)

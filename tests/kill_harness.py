@@ -35,7 +35,7 @@ def fork_worker(rows: str, teacher: str, out: Path, rank: int, world: int) -> in
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
         sampler = {"name": "random_sampling", "rounds": 20}
         capture(
-            rows=rows, teacher=teacher, out=out, sampler=sampler, shard_rows=8, batch_size=8, device="cpu", threads=1
+            rows=rows, teacher=teacher, out=out, sampler=sampler, shard_rows=8, batch_size=8, device="cpu"
         )
         status = 0
     finally:

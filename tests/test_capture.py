@@ -26,7 +26,7 @@ SAMPLER = {"name": "random_sampling", "rounds": 20}
 
 def run(world, out, **settings):
     defaults = {"rows": world.rows, "teacher": world.teacher, "out": out, "shard_rows": 40, "device": "cpu"}
-    return capture(**{**defaults, "sampler": SAMPLER, "threads": 1, **settings})
+    return capture(**{**defaults, "sampler": SAMPLER, **settings})
 
 
 def teacher_logits(world, row):
@@ -190,7 +190,7 @@ _TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--n
 def test_torchrun_makes_the_same_bytes(world, tmp_path):
     """Two real processes under torchrun write the cache that one process writes."""
     words = ["capture", f"rows={world.rows}", f"teacher={world.teacher}", f"out={tmp_path / 'c'}", "shard_rows=40"]
-    words += ["sampler=random_sampling", "sampler.rounds=20", "device=cpu", "threads=1"]
+    words += ["sampler=random_sampling", "sampler.rounds=20", "device=cpu"]
     subprocess.run([*_TORCHRUN, "-m", "sparsekd", *words], check=True, capture_output=True, timeout=300)
     assert folder_bytes(tmp_path / "c") == folder_bytes(world.cache)
 
@@ -217,6 +217,8 @@ def test_resuming_with_other_settings_names_both_values(world, tmp_path):
     shutil.copytree(world.cache, tmp_path / "c")
     with pytest.raises(MismatchError, match=r"sampler\.seed.*\b0\b.*\b1\b"):
         run(world, tmp_path / "c", seed=1)
+    with pytest.raises(MismatchError, match=r"capture\.threads.*\b1\b.*\b2\b"):
+        run(world, tmp_path / "c", threads=2)
 
 
 def test_repacked_rows_are_refused(world, tmp_path):
