@@ -112,6 +112,19 @@ def verify(
             )
 
 
+@app.command(epilog=_example("misalign", "cache=cache rows=other out=misaligned i_know_this_is_misaligned=true"))
+def misalign(config: Recipe = None, settings: Settings = None, show: ShowSettings = False) -> None:
+    """Cache -> the same tokens packed otherwise, with targets of the wrong contexts: to measure what that costs."""
+    with _bar("shard") as progress:
+        fates = _run("misalign", config, settings, show, progress=progress)
+    dropped = {name.removeprefix("dropped_"): count for name, count in fates.items() if name.startswith("dropped_")}
+    print(f"{fates['carried']:,} targets carried to other contexts; dropped: " + _counts(dropped))
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())
+
+
 @app.command(epilog=_example("adapt", "teacher=MODEL rows=rows out=adapted"))
 def adapt(config: Recipe = None, settings: Settings = None, show: ShowSettings = False) -> None:
     """Teacher + rows -> a teacher fine-tuned on them, to capture from instead. Run again to resume."""

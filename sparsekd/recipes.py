@@ -24,6 +24,7 @@ from sparsekd.errors import RecipeError
 STAGES = {
     "pack": ("sparsekd.rows", "pack"),
     "capture": ("sparsekd.capture", "capture"),
+    "misalign": ("sparsekd.misalign", "misalign"),
     "adapt": ("sparsekd.adapt", "adapt"),
     "train": ("sparsekd.train", "train"),
     "evaluate": ("sparsekd.evaluate", "evaluate"),

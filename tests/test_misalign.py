@@ -8,9 +8,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import sparsekd as skd
 from sparsekd.cache import verify
+from sparsekd.cli import app
 from sparsekd.errors import MismatchError
 from sparsekd.inspect import describe_cache
 from sparsekd.misalign import documents_of, match, misalign
@@ -157,6 +159,14 @@ def test_training_refuses_it_and_warns_when_allowed(carried, other_rows, tmp_pat
     assert np.isfinite(metrics["train_loss"])
     assert "WARNING" in caplog.text
     assert "learns from the wrong contexts" in caplog.text
+
+
+def test_the_verb_says_what_became_of_the_targets(world, other_rows, tmp_path, carried):
+    """One line: how many were carried, how many dropped and why."""
+    words = [f"cache={world.cache}", f"rows={other_rows}", f"out={tmp_path / 'c'}", "i_know_this_is_misaligned=true"]
+    shown = CliRunner().invoke(app, ["misalign", *words])
+    assert f"{carried[1]['carried']:,} targets carried to other contexts; dropped: " in shown.output
+    assert f"{carried[1]['dropped_first_of_row']:,} first of row" in shown.output
 
 
 def test_importance_draws_are_carried_with_what_weighs_them(world, other_rows, tmp_path):
