@@ -56,6 +56,7 @@ def adapt(
     float32; a 16-bit original is rounded back at the end, so a few steps at a low rate may be lost in rounding.)
 
     Args:
+        out: folder of the adapted teacher.
         teacher: a folder or hub id.
         rows: packed rows, of the teacher's tokenizer; the train split is used.
         eval_rows: packed rows whose held-out split is evaluated.

@@ -132,6 +132,8 @@ def speculate(
     drafts in turn, so that a busy machine slows both. Nothing stops at an end-of-text token: rows do not either.
 
     Args:
+        teacher, student: folders or hub ids of models of one vocabulary.
+        rows: packed rows of their tokenizer.
         split: of the rows; the first `prompts` of them are used.
         draft_length: tokens that the student drafts before each teacher call, always.
         prompts: how many rows are continued (fewer where the split has fewer).
@@ -139,6 +141,7 @@ def speculate(
         new_tokens: generated after each prompt.
         seed: of the sampling.
         dtype: of both models: "float32", "bfloat16" or "float16".
+        device: "cpu", "cuda" or "cuda:N", for both.
         out: folder for speculate.json (default: the student's, when it is a folder).
         progress: called with (prompts done, prompts in all).
 

@@ -62,6 +62,8 @@ def run_tasks(
         limit: only the first questions of each task; for a quick look, not for numbers to report.
         num_fewshot: solved questions put before each one; a task that sets 0 itself stays at 0.
         batch_size: requests of a forward pass; changes no result beyond rounding.
+        dtype: of the model: "float32", "bfloat16" or "float16".
+        device: "cpu", "cuda" or "cuda:N".
 
     Returns:
         tasks: by task (and group), each metric as {mean, standard_error}, without an error where lm-eval has none;

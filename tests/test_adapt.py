@@ -14,6 +14,7 @@ from sparsekd import models
 from sparsekd.adapt import adapt
 from sparsekd.cache import CacheReader
 from sparsekd.capture import recompute
+from sparsekd.cli import app
 from sparsekd.errors import MismatchError, RecipeError
 from sparsekd.evaluate import evaluate
 from sparsekd.rows import pack
@@ -116,3 +117,12 @@ def _foreign_rows(world, tmp_path: Path) -> str:
     out = tmp_path / "foreign"
     pack(source=world.corpus, tokenizer="train", vocab_size=280, seq_len=SEQ_LEN, out=out, progress=False)
     return str(out)
+
+
+def test_the_verb_adapts_and_verify_tells_the_two_apart(world, new_rows, tmp_path, capsys):
+    """`sparsekd adapt`, then `sparsekd verify CACHE --teacher ADAPTED`, which refuses."""
+    words = [f"teacher={world.teacher}", f"rows={new_rows}", f"out={tmp_path / 'a'}", "max_steps=2", "device=cpu"]
+    app(["adapt", *words], standalone_mode=False)
+    assert capsys.readouterr().out.startswith("adapted in 2 steps, 512 tokens, train loss ")
+    with pytest.raises(MismatchError, match="teacher differs"):
+        app(["verify", world.cache, "--teacher", str(tmp_path / "a")], standalone_mode=False)

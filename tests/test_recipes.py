@@ -15,8 +15,12 @@ from sparsekd.recipes import STAGES, check, read_recipe, recipe_of, scalar, sett
 REQUIRED = {
     "pack": {"source": "a.jsonl", "tokenizer": "train", "seq_len": 32, "out": "rows"},
     "capture": {"rows": "rows", "teacher": "t", "out": "cache"},
+    "adapt": {"out": "a", "teacher": "t", "rows": "rows"},
     "train": {"out": "s", "student": "tiny"},
     "evaluate": {"model": "m", "rows": "rows"},
+    "tasks": {"model": "m"},
+    "speculate": {"teacher": "t", "student": "s", "rows": "rows"},
+    "judge": {"model": "m", "prompts": "p.jsonl", "out": "o", "judge_model": "j"},
 }
 
 

@@ -13,6 +13,7 @@ import torch
 from conftest import SEQ_LEN
 
 from sparsekd import models
+from sparsekd.cli import app
 from sparsekd.errors import MismatchError, ModelError, RecipeError, SourceError
 from sparsekd.evaluate import evaluate
 from sparsekd.rows import pack
@@ -271,3 +272,14 @@ def test_the_students_folder_gets_the_numbers_by_default(world, drafter):
         teacher=world.teacher, student=drafter, rows=world.rows, prompts=1, prompt_tokens=2, new_tokens=4, device="cpu"
     )
     assert json.loads((Path(drafter) / "speculate.json").read_text())["settings"]["prompts"] == 1
+
+
+def test_the_verb_prints_what_the_file_holds(world, drafter, tmp_path, capsys):
+    """Acceptance, tokens per call and the speed-up, each on a line."""
+    words = [f"teacher={world.teacher}", f"student={drafter}", f"rows={world.rows}", f"out={tmp_path}", "device=cpu"]
+    app(["speculate", *words, "prompts=2", "prompt_tokens=4", "new_tokens=8"], standalone_mode=False)
+    found = json.loads((tmp_path / "speculate.json").read_text())
+    accepted, tokens, speed = capsys.readouterr().out.splitlines()
+    assert f"drafts accepted  {found['measured']['acceptance']['mean']:.4f} ± " in accepted
+    assert f"tokens per call  {found['measured']['tokens_per_call']:.4f} (expected" in tokens
+    assert f"speed-up  {found['speed']['speedup']['mean']:.4f} ± " in speed

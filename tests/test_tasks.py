@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from sparsekd import models, vocab
+from sparsekd.cli import app
 from sparsekd.errors import ModelError, RecipeError, SourceError
 from sparsekd.tasks import PAPER_TASKS, run_tasks
 
@@ -260,3 +261,17 @@ def test_settings_that_cannot_be_are_refused(settings, words):
     """Each with the value, before any model is opened."""
     with pytest.raises(RecipeError, match=words):
         run_tasks(model="./nowhere", **settings)
+
+
+@needs_lm_eval
+@pytest.mark.parametrize("words", [["tasks", "tasks=riddles"], ["evaluate", "--tasks", "riddles"]])
+def test_two_verbs_reach_the_tasks(world, folder, tmp_path, capsys, words):
+    """`sparsekd tasks tasks=A` and `sparsekd evaluate --tasks A` print the same table and write the same file."""
+    app(
+        [*words, f"model={world.teacher}", f"include_path={folder}", f"out={tmp_path}", "device=cpu"],
+        standalone_mode=False,
+    )
+    score = json.loads((tmp_path / "tasks.json").read_text())["tasks"]["riddles"]["acc"]
+    printed = capsys.readouterr().out
+    assert f"riddles  acc              {score['mean']:.4f} ± {score['standard_error']:.4f}" in printed
+    assert "average" in printed
