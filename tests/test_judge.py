@@ -450,3 +450,22 @@ def test_the_last_line_of_an_item_counts():
     counts = summary([response, item | {"status": "failed", "problem": "x"}, rated_line])["counts"]
     assert (counts["rated"], counts["failed"], counts["requests"]) == (1, 0, 2)
     assert (counts["empty_responses"], counts["cut_off_responses"]) == (1, 1)
+
+
+def test_the_verb_takes_the_same_settings_and_prints_the_score(run, world, monkeypatch, capsys):
+    """`sparsekd judge key=value ...` ends with the score in percent and the counts."""
+    from sparsekd import cli
+
+    with chat_server(fair) as server:
+        words = [f"model={world.teacher}", f"prompts={run.prompts}", f"out={run.out}", f"endpoint={server.url}"]
+        words += [
+            "judge_model=judge-1",
+            "responses=1",
+            "max_new_tokens=4",
+            "api_key_env=null",
+            "judge_settings.top_p=1",
+        ]
+        monkeypatch.setattr("sys.argv", ["sparsekd", "judge", *words])
+        cli.main()
+    assert capsys.readouterr().out.startswith("score 50.0% ± 0.0%\n4 prompts, 4 rated, 0 malformed, 0 failed")
+    assert server.seen[0].body["top_p"] == 1
