@@ -160,15 +160,20 @@ def evaluate(
         result = _run("evaluate", config, settings, show, progress=progress)
     for name in ("loss", "accuracy", "acceptance", "agreement", "teacher_kl"):
         if name in result:
-            print(f"{name:>15}  {result[name]['mean']:.4f} ± {result[name]['standard_error']:.4f}")
+            print(f"{name:>15}  {_number(result[name]['mean'])} ± {_number(result[name]['standard_error'])}")
     for name in ("perplexity", "bits_per_byte", "ece"):
-        print(f"{name:>15}  {result[name]:.4f}")
+        print(f"{name:>15}  {_number(result[name])}")
+
+
+def _number(value: float | None) -> str:
+    """Four decimals; a dash for what is undefined (the standard error of one row)."""
+    return "–" if value is None else f"{value:.4f}"
 
 
 @app.command(epilog=_example("judge", "model=student prompts=dolly.jsonl judge_model=NAME out=judged"))
 def judge(config: Recipe = None, settings: Settings = None, show: ShowSettings = False) -> None:
     """Model + prompts -> judge.json: responses rated beside the ground truth by a chat endpoint; resumes."""
-    with _bar("rating") as progress:
+    with _bar("answer") as progress:
         result = _run("judge", config, settings, show, progress=progress)
     error, counts = result["score"]["standard_error"], result["counts"]
     print(f"score {result['score']['mean']:.1%}" + (f" ± {error:.1%}" if error is not None else ""))

@@ -92,7 +92,7 @@ def open_endpoint(url: str, model: str, *, api_key_env: str | None = KEY_VARIABL
             "put the key into an environment variable and name it with api_key_env="
         )
     key = _key(api_key_env)
-    if key and api_key_env == KEY_VARIABLE and parts.scheme == "http" and not _is_local(parts.hostname):
+    if key and api_key_env == KEY_VARIABLE and parts.scheme == "http" and not _is_local(str(parts.hostname)):
         raise RecipeError(
             f"endpoint={url} would carry the key of {KEY_VARIABLE} unencrypted to {parts.hostname}; use https, "
             "api_key_env=null to send none, or another variable with the key of that server"

@@ -121,7 +121,7 @@ def judge(
         timeout_s: seconds before a request counts as failed.
         concurrency: requests at a time.
         api_key_env: the environment variable that holds the endpoint's key; null to send none.
-        progress: called with (ratings done, ratings in all).
+        progress: called with (responses and ratings done, both in all).
 
     Returns:
         score (mean and standard error over prompts), score_by_response (the ratio of each of the `responses` rounds),
@@ -158,7 +158,7 @@ def judge(
     folder = make_folder(out)
     with Journal(folder / "record.jsonl") as journal:
         _begin(journal, settings)
-        _respond_to_all(journal, opened, words, ids, sampling)
+        _respond_to_all(journal, opened, words, ids, sampling, progress)
         _rate_all(journal, rater, kept, sampling, concurrency, progress)
         lines = list(journal.lines)
     result = summary(lines) | {
@@ -217,11 +217,12 @@ def _settings(model: Any, tokenizer: Any, prompts: list[Prompt], sampling: Sampl
 
 
 def _begin(journal: Journal, settings: Line) -> None:
-    """Write the settings as the record's first line, or compare them with the one that is there."""
-    if not journal.lines:
-        journal.append({"line": "settings"} | settings)
+    """Record the settings, or compare them with those that the recorded responses were made with."""
+    before: Line = next((line for line in reversed(journal.lines) if line.get("line") == "settings"), {})
+    if not _lines(journal.lines, "response"):  # nothing hangs on them yet: the first batch may have been too large
+        if before != (line := {"line": "settings"} | settings):
+            journal.append(line)
         return
-    before = journal.lines[0]
     for name, value in settings.items():
         if before.get(name) != value:
             raise MismatchError(
@@ -232,14 +233,19 @@ def _begin(journal: Journal, settings: Line) -> None:
 
 def _lines(journal_lines: Sequence[Line], kind: str) -> dict[Item, Line]:
     """The last line of a kind for each item."""
-    return {(line["prompt"], line["index"]): line for line in journal_lines if line["line"] == kind}
+    return {(line["prompt"], line["index"]): line for line in journal_lines if line.get("line") == kind}
 
 
 # -- responses
 
 
 def _respond_to_all(
-    journal: Journal, model: Any, tokenizer: Any, ids: dict[str, list[int]], sampling: Sampling
+    journal: Journal,
+    model: Any,
+    tokenizer: Any,
+    ids: dict[str, list[int]],
+    sampling: Sampling,
+    progress: Progress | None,
 ) -> None:
     """Record the responses that are missing. Batches are always the same, as a batch's shape rounds its logits."""
     done = _lines(journal.lines, "response")
@@ -260,6 +266,8 @@ def _respond_to_all(
         for (name, index), response in zip(batch, responses, strict=True):
             if (name, index) not in done:
                 journal.append({"line": "response", "prompt": name, "index": index} | asdict(response))
+        if progress:
+            progress(start + len(batch), 2 * len(items))
 
 
 # -- ratings
@@ -299,12 +307,12 @@ def _rate_all(
     with ThreadPoolExecutor(concurrency) as pool:
         try:
             waiting = [pool.submit(work, *item) for item in todo]
-            for done, future in enumerate(as_completed(waiting), len(everything) - len(todo) + 1):
+            for done, future in enumerate(as_completed(waiting), 2 * len(everything) - len(todo) + 1):
                 failures = failures + 1 if future.result()["status"] == "failed" else 0
                 if failures >= FAILURES_IN_A_ROW:
                     raise ModelError(_gave_up(future.result()["problem"], journal, failures))
                 if progress:
-                    progress(done, len(everything))
+                    progress(done, 2 * len(everything))
         except BaseException:  # Ctrl-C included: what was already asked is still recorded, then all threads end
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
@@ -359,7 +367,7 @@ def summary(lines: Sequence[Line]) -> dict[str, Any]:
         "empty_responses": sum(not line["text"] for line in responses.values()),
         "cut_off_responses": sum(not line["finished"] for line in responses.values()),
         **{status: len(of_status) for status, of_status in by_status.items()},
-        "requests": sum(line.get("requests", 0) for line in lines if line["line"] == "rating"),
+        "requests": sum(line.get("requests", 0) for line in lines if line.get("line") == "rating"),
     }
     if not by_status["rated"]:
         raise ModelError(_nothing_rated(list(verdicts.values())))

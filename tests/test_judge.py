@@ -263,7 +263,8 @@ def test_ctrl_c_keeps_what_was_answered(run):
     """KeyboardInterrupt from the main thread: the ratings that came are in the record, the rest is for later."""
 
     def interrupt(done, total):
-        if done == 2:
+        assert total == 16
+        if done == 8 + 2:
             raise KeyboardInterrupt
 
     with chat_server(fair) as server:
@@ -317,6 +318,24 @@ def test_a_record_of_other_settings_is_not_continued(run, setting, words):
         run(server)
         with pytest.raises(MismatchError, match=words):
             run(server, **setting)
+
+
+def test_settings_may_change_until_there_is_a_response(run, monkeypatch):
+    """A first batch that does not fit the memory can be tried again smaller, into the same folder."""
+
+    def too_large(*_, **__):
+        raise MemoryError
+
+    with chat_server(fair) as server:
+        with monkeypatch.context() as patch:
+            patch.setattr("sparsekd.generation.respond", too_large)
+            with pytest.raises(MemoryError):
+                run(server, batch_size=64)
+        assert run(server, batch_size=2)["settings"]["batch_size"] == 2
+        run(server, batch_size=2)
+        with pytest.raises(MismatchError, match=r"batch_size differs: .* begun with 2, this run has 64"):
+            run(server, batch_size=64)
+    assert [line["batch_size"] for line in record(run.out) if line["line"] == "settings"] == [64, 2]
 
 
 def test_two_runs_do_not_share_a_record(run):
