@@ -16,8 +16,9 @@ from sparsekd import models
 from sparsekd.cli import app
 from sparsekd.errors import MismatchError, ModelError, RecipeError, SourceError
 from sparsekd.evaluate import evaluate
+from sparsekd.packed import RowsReader
 from sparsekd.rows import pack
-from sparsekd.speculate import expected_acceptance, expected_calls, speculate
+from sparsekd.speculate import _acceptance, expected_acceptance, expected_calls, speculate
 from sparsekd.train import train
 
 NEW_TOKENS, PROMPTS, DRAFT = 40, 10, 3
@@ -153,6 +154,40 @@ def test_generation_agrees_with_what_other_texts_of_the_teacher_promise(measured
     real, promised = measured["measured"], measured["expected"]["teacher_text"]
     joint = math.hypot(real["standard_error"], promised["standard_error"])
     assert abs(real["tokens_per_call"] - promised["tokens_per_call"]) < 3 * joint
+
+
+def test_acceptance_along_a_text_is_that_of_whole_tables(world, drafter, monkeypatch):
+    """Σ min(p, q) and min(1, q(x) / p(x)) of each token after the first, whatever the chunks."""
+    monkeypatch.setattr("sparsekd.speculate.CHUNK_POSITIONS", 7)
+    ids = torch.from_numpy(RowsReader(world.rows, "heldout")[0].input_ids.astype("int64"))
+    teacher, student = (models.open_model(path, device="cpu") for path in (world.teacher, drafter))
+    with torch.no_grad():
+        p, q = (model(ids[None]).logits[0, :-1].double().softmax(-1) for model in (teacher, student))
+    x = ids[1:, None]
+    sums, kept = _acceptance(teacher, student, ids)
+    torch.testing.assert_close(sums, torch.minimum(p, q).sum(-1), rtol=0, atol=1e-6)
+    torch.testing.assert_close(kept, (q.gather(1, x) / p.gather(1, x)).clamp(max=1)[:, 0], rtol=1e-4, atol=1e-7)
+
+
+def test_every_token_may_be_drafted(world, tmp_path):
+    """Two untrained models are both nearly flat and agree: sampling cut to some best tokens would make them differ."""
+    sizes = {"family": "tiny", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    for seed, name in enumerate(("teacher", "student")):
+        torch.manual_seed(seed)
+        models.new_student(sizes, vocab_size=300, seq_len=64).save_pretrained(tmp_path / name)
+    found = speculate(
+        teacher=str(tmp_path / "teacher"),
+        student=str(tmp_path / "student"),
+        rows=world.rows,
+        prompts=6,
+        prompt_tokens=4,
+        new_tokens=40,
+        device="cpu",
+    )
+    assert found["acceptance"]["mean"] > 0.9
+    real = found["measured"]["acceptance"]
+    assert abs(real["mean"] - found["acceptance"]["mean"]) < 4 * real["standard_error"]
+    assert found["measured"]["tokens_per_call"] > 3
 
 
 def test_counts_are_whole(measured):
