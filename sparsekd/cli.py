@@ -140,6 +140,8 @@ def train(config: Recipe = None, settings: Settings = None, show: ShowSettings =
     """Cache -> student: a stock transformers Trainer on the cache alone. Run again to resume."""
     with _bar("step") as progress:
         metrics = _run("train", config, settings, show, progress=False, callbacks=lambda: [_show_training(progress)])
+    if os.environ.get("RANK", "0") != "0":  # under torchrun, one process speaks
+        return
     print(
         f"{metrics['method']}: {metrics['steps']:,} steps, {metrics['tokens']:,} tokens, "
         f"train loss {metrics['train_loss']:.3f}, {metrics['tokens_per_second'] or 0:,.0f} tokens/s"

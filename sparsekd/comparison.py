@@ -38,7 +38,7 @@ def paired_difference(a: Method, b: Method) -> dict[str, Any] | None:
         return None
     low = high = None
     if estimate["standard_error"] is not None:
-        half = estimate["standard_error"] * _t975(len(values) - 1)
+        half = estimate["standard_error"] * t975(len(values) - 1)
         low, high = estimate["mean"] - half, estimate["mean"] + half
     return {**estimate, "low": low, "high": high, "values": {str(seed): v for seed, v in values.items()}}
 
@@ -166,6 +166,6 @@ def _shared(a: Method, b: Method, value: Callable[[Mapping[str, Any]], float | N
     return {seed: (x, y) for seed, x, y in both if x is not None and y is not None}
 
 
-def _t975(freedom: int) -> float:
+def t975(freedom: int) -> float:
     # Beyond the table 1.96 + 2.5/df is within 0.003 of the quantile, from above.
     return _T975[freedom - 1] if freedom <= len(_T975) else 1.96 + 2.5 / freedom

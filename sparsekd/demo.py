@@ -19,6 +19,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from sparsekd.checks import make_folder
 from sparsekd.errors import MismatchError, RecipeError
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -147,7 +148,7 @@ class Clock:
 
 def _claim(folder: Path, profile: str, settings: Profile) -> None:
     """A folder belongs to one profile."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     path, text = folder / "profile.json", json.dumps({"name": profile, **asdict(settings)}, indent=1) + "\n"
     if path.exists() and path.read_text() != text:
         held = json.loads(path.read_text()).get("name")
@@ -155,6 +156,8 @@ def _claim(folder: Path, profile: str, settings: Profile) -> None:
             f"{folder} holds a demo of profile {held!r} with other settings than {profile!r} has now; remove it, or "
             "name another folder: sparsekd demo FOLDER"
         )
+    if not path.exists() and any(folder.iterdir()):
+        raise MismatchError(f"{folder} is not empty and holds no demo; name another folder: sparsekd demo FOLDER")
     path.write_text(text)
 
 

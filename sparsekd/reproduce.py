@@ -16,13 +16,21 @@ from sparsekd import __version__, plots
 from sparsekd.errors import MismatchError, RecipeError
 from sparsekd.files import write_atomically
 from sparsekd.laws import LAWS_OF_APPENDIX_A
+from sparsekd.measures import MEASURES
 from sparsekd.reproduce_page import render_page, terminal_text
 from sparsekd.reproduction import Reproduction, Result, Settings, from_json, to_json
+from sparsekd.tables import TABLES
 from sparsekd.toy_tasks import FIG_2B
 from sparsekd.toys import TOYS
 
 # A name's result, in the order of the page.
-REPRODUCTIONS: dict[str, Reproduction] = {**TOYS, "fig2b": FIG_2B, "laws": LAWS_OF_APPENDIX_A}
+REPRODUCTIONS: dict[str, Reproduction] = {
+    **TOYS,
+    "fig2b": FIG_2B,
+    **TABLES,
+    **MEASURES,
+    "laws": LAWS_OF_APPENDIX_A,
+}
 PROFILES = ("quick", "full")
 
 

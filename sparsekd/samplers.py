@@ -225,8 +225,8 @@ def check_parameters(sampler: str, parameters: dict[str, Any]) -> None:
             known = ", ".join(ranges) or "none"
             raise RecipeError(f"sampler {sampler} has no parameter {name!r}; it has: {known}")
         low, high = ranges[name]
-        if not low <= value <= high:
-            raise RecipeError(f"sampler.{name}={value} is out of range: {low:g} to {high:g}")
+        if not isinstance(value, int | float) or not low <= value <= high:
+            raise RecipeError(f"sampler.{name}={value!r} is out of range: {low:g} to {high:g}")
 
 
 def is_unbiased(sampler: str, parameters: dict[str, Any]) -> bool:

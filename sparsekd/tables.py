@@ -102,7 +102,7 @@ def gap(outcomes: Outcomes, label: str) -> Cell | None:
 
 def judge(outcomes: Outcomes, claim: Claim) -> Finding:
     """Whether a claim holds beyond the 95 % interval of the paired differences over seeds; else says so."""
-    from sparsekd.comparison import _t975  # the interval of the report
+    from sparsekd.comparison import t975
 
     a, b = outcomes[claim.better], outcomes[claim.worse]
     if a.diverged() or b.diverged():
@@ -112,7 +112,7 @@ def judge(outcomes: Outcomes, claim: Claim) -> Finding:
     found = over(differences)
     assert found is not None
     error = found.standard_error
-    half = math.inf if error is None else error * _t975(len(differences) - 1)
+    half = math.inf if error is None else error * t975(len(differences) - 1)
     unit = "points of ECE" if claim.metric == "ece" else "nats"
     sure = "beyond" if abs(found.mean) > half else "within"
     text = (

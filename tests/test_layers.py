@@ -64,6 +64,9 @@ LAYERS: dict[str, set[str]] = {
         "toys",
         "laws",
         "toy_tasks",
+        "lab",
+        "tables",
+        "measures",
         "reproduce_page",
         "reproduce",
     },
@@ -82,7 +85,10 @@ PROGRAMS_TOGETHER = {
     "toys": {"plots", "reproduction"},
     "laws": {"reproduction"},
     "toy_tasks": {"plots", "reproduction"},
-    "reproduce": {"plots", "reproduction", "reproduce_page", "toys", "toy_tasks", "laws"},
+    "lab": {"train", "capture", "evaluate", "inspect"},  # inside its functions only
+    "tables": {"lab", "reproduction", "comparison", "plots"},
+    "measures": {"lab", "tables", "reproduction", "plots", "student"},
+    "reproduce": {"plots", "reproduction", "reproduce_page", "toys", "toy_tasks", "laws", "tables", "measures"},
     "demo": {"train", "capture", "evaluate", "inspect", "report"},  # inside its functions only
 }
 # Libraries that a layer's modules must not name, wherever in the file.

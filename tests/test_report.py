@@ -545,8 +545,8 @@ def test_the_terminal_table_fits_and_aligns(finished: Path) -> None:
 
 def test_student_t_beyond_the_table() -> None:
     """16 and 100 degrees of freedom: 2.120 and 1.984, met within 0.003."""
-    assert comparison._t975(16) == pytest.approx(2.120, abs=0.004)
-    assert comparison._t975(100) == pytest.approx(1.984, abs=0.004)
+    assert comparison.t975(16) == pytest.approx(2.120, abs=0.004)
+    assert comparison.t975(100) == pytest.approx(1.984, abs=0.004)
 
 
 def test_importing_the_report_needs_neither_torch_nor_matplotlib() -> None:
