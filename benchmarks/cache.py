@@ -18,7 +18,7 @@ from functools import partial
 import numpy as np
 
 from sparsekd.cache import CacheReader, CacheSpec, CacheWriter, RowRecord
-from sparsekd.codec import CODECS, FlatTargets, decode_row, encode_row
+from sparsekd.codec import CODECS, FlatTargets, Importance, codec_spec, decode_row, encode_row
 from sparsekd.errors import RecipeError
 from sparsekd.order import permute
 
@@ -49,14 +49,21 @@ def best_seconds(function: Callable[[], object], repeats: int = 5) -> float:
     return min(seconds)
 
 
+def as_held(flat: FlatTargets, holds: str) -> FlatTargets:
+    """The same targets as counts, as weights, or as draws whose p is their share."""
+    if holds == "weights":
+        return replace(flat, values=flat.weights, rounds=None)
+    if holds == "counts":
+        return flat
+    entropy = np.full(len(flat.sizes), 3.0, np.float32)
+    return replace(flat, importance=Importance(log2_p=np.log2(flat.weights), entropy=entropy, temperature=0.8))
+
+
 def measure(name: str, records: list[RowRecord], vocab: int, rounds: int) -> str:
     """One row of the table."""
-    spec: dict[str, object] = {"name": name, "logit_width": vocab}
-    if CODECS[name].max_rounds:
-        spec["rounds"] = rounds
-    else:
-        flats = [replace(each.targets, values=each.targets.weights, rounds=None) for each in records]
-        records = [replace(each, targets=flat) for each, flat in zip(records, flats, strict=True)]
+    spec: dict[str, object] = codec_spec(name, logit_width=vocab, rounds=rounds, temperature=0.8)
+    flats = [as_held(each.targets, CODECS[name].holds) for each in records]
+    records = [replace(each, targets=flat) for each, flat in zip(records, flats, strict=True)]
     args = [(each.input_ids, each.targets, each.supervised, spec) for each in records]
     blocks = [encode_row(*each) for each in args]
     tokens = len(records) * SEQ_LEN

@@ -3,8 +3,8 @@
     quantisation_table(probabilities_NV)     # rows of the table that `sparsekd reproduce` prints
 
 A code here maps probabilities [N, K], descending along K, to what a reader would get back. Measured on a teacher of
-0.7 M parameters trained on Python sources (V = 1024, top-50): linear loses 2.2e-2 nats a position, both ratio codes 4e-5,
-16 bits 1e-8, counts nothing; the paper saw slightly worse students with linear, and none with ratios.
+0.7 M parameters trained on Python sources (V = 1024, top-50): linear loses 2.2e-2 nats a position, both ratio codes
+4e-5, 16 bits 1e-8, counts nothing. The paper saw slightly worse students with linear, and none with ratios.
 
 Shapes: N positions, V vocabulary, K kept ids.
 """
