@@ -79,6 +79,14 @@ def test_a_cache_with_one_weighting_refuses_the_choice(world, tmp_path):
         train(out=tmp_path / "s", rows=world.rows, method="ce", student=TINY, normalize=True, device="cpu")
 
 
+def test_a_codec_that_cannot_hold_the_draws_is_refused(world, tmp_path):
+    """Counts alone lose what weighs them; the codecs that would do are named, the best first."""
+    with pytest.raises(RecipeError, match="gives importance draws; take ratio32 or ratio48 or prob24 or prob40"):
+        run(world, tmp_path / "c", SAMPLER, codec="raw24")
+    with pytest.raises(RecipeError, match=r"codec=ratio32 holds importance draws, .* gives counts; take raw24"):
+        run(world, tmp_path / "c", SAMPLER | {"temperature": 1.0}, codec="ratio32")
+
+
 def test_the_cache_is_sound_and_made_again_bit_for_bit(world, cache):
     """verify finds nothing, and random rows drawn again from the teacher equal the stored ones."""
     assert verify(cache).problems == []

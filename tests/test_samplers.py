@@ -93,6 +93,27 @@ def test_normalized_importance_weights_are_biased():
     assert error > 0.02
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 0.99, 1.2, 2.0])
+def test_importance_draws_have_all_that_weighs_them(temperature):
+    """log2 p, and the Rényi entropy H with p/q = (2^H p)^(1-t), against float64 by definition; masked ids are out."""
+    logits = 3 * torch.randn(40, 300, generator=torch.Generator().manual_seed(0))
+    logits[:, ::3] = -torch.inf
+    draws = samplers.sample_importance(logits, rounds=20, temperature=temperature)
+    p = logits.double().softmax(-1)
+    q = torch.where(p > 0, p**temperature, 0)
+    q /= q.sum(-1, keepdim=True)
+    kept = draws.counts > 0
+    assert (draws.counts.sum(-1) == 20).all()
+    torch.testing.assert_close(draws.log2_p[kept], p.gather(-1, draws.ids)[kept].log2(), atol=1e-5, rtol=0)
+    truth = torch.where(p > 0, p**temperature, 0).sum(-1).log2() / (1 - temperature)
+    torch.testing.assert_close(draws.entropy, truth, atol=2e-6 / abs(1 - temperature), rtol=0)
+    plain = draws.targets(normalize=False)
+    worth = draws.counts / 20 * (p / q).gather(-1, draws.ids).nan_to_num()
+    torch.testing.assert_close(plain.weights, worth.float() * kept, rtol=1e-4, atol=1e-7)
+    normalised = skd.sample(logits, "random_sampling", rounds=20, temperature=temperature)
+    torch.testing.assert_close(normalised.densify(300), (plain.densify(300).T / plain.mass()).T, rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_sum_of_weights(variant):
     """Σ weights is what each docstring says: 1, 1 on average, or the mass that was kept."""
