@@ -173,26 +173,31 @@ def unique_ids(data: Mapping[str, Any] | None, *, width: int, height: int) -> st
     """Mean unique ids per position against sampling rounds, log-log, with the fitted power law."""
     if not data:
         return None
+    with canvas(width, height, left=46, right=20, bottom=42, top=8) as (figure, axes):
+        unique_ids_axes(axes, data)
+        return inline_svg(figure, "unique-ids", "Unique ids per token against sampling rounds, both on log scales.")
+
+
+def unique_ids_axes(axes: Any, data: Mapping[str, Any]) -> None:
+    """The curve of `unique_ids` on given axes."""
     rounds, unique, law = data["rounds"], data["unique"], data["power_law"]
     colour = PALETTE["rs"]
-    with canvas(width, height, left=46, right=20, bottom=42, top=8) as (figure, axes):
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.plot([min(rounds), max(rounds)], [min(rounds), max(rounds)], color=PALETTE["line"], linewidth=1.4)
-        _along(axes, rounds[len(rounds) // 2 - 1], "one id per round", PALETTE["muted"])
-        if law["exponent"] and law["prefactor"]:
-            fit = [law["prefactor"] * r ** law["exponent"] for r in rounds]
-            axes.plot(rounds, fit, color=colour, linewidth=1.6, linestyle=(0, (5, 3)))
-            text = f"fit: {law['prefactor']:.2f} × rounds^{law['exponent']:.2f}"
-            axes.text(0.97, 0.1, text, transform=axes.transAxes, ha="right", color=colour, fontweight="bold")
-        axes.plot(rounds, unique, linestyle="none", marker="D", markersize=5.5, color=colour)
-        axes.set_xlim(min(rounds) / 1.15, max(rounds) * 1.15)
-        axes.set_ylim(min(unique) / 1.2, max(unique) * 2.2)
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(lambda value, _: f"{value:,g}")
-            axis.set_minor_formatter(lambda value, _: "")
-        axis_names(axes, "sampling rounds", "unique ids per token")
-        return inline_svg(figure, "unique-ids", "Unique ids per token against sampling rounds, both on log scales.")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.plot([min(rounds), max(rounds)], [min(rounds), max(rounds)], color=PALETTE["line"], linewidth=1.4)
+    _along(axes, rounds[len(rounds) // 2 - 1], "one id per round", PALETTE["muted"])
+    if law["exponent"] and law["prefactor"]:
+        fit = [law["prefactor"] * r ** law["exponent"] for r in rounds]
+        axes.plot(rounds, fit, color=colour, linewidth=1.6, linestyle=(0, (5, 3)))
+        text = f"fit: {law['prefactor']:.2f} × rounds^{law['exponent']:.2f}"
+        axes.text(0.97, 0.1, text, transform=axes.transAxes, ha="right", color=colour, fontweight="bold")
+    axes.plot(rounds, unique, linestyle="none", marker="D", markersize=5.5, color=colour)
+    axes.set_xlim(min(rounds) / 1.15, max(rounds) * 1.15)
+    axes.set_ylim(min(unique) / 1.2, max(unique) * 2.2)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:,g}")
+        axis.set_minor_formatter(lambda value, _: "")
+    axis_names(axes, "sampling rounds", "unique ids per token")
 
 
 # -- pieces of figures

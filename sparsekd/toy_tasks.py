@@ -206,8 +206,8 @@ def _findings(found: Mapping[str, list[dict[str, Any]]], rows: Mapping[str, Any]
             f"{', '.join(f'{name} {rows[name][0].mean:.1f} %' for name in METHODS)}.",
         ),
         Finding(
-            text=f"App. K sets {ROUNDS} draws against K = {TOP_K}: here they keep {kept:.1f} unique ids, so the budgets "
-            "are close but not equal.",
+            text=f"App. K sets {ROUNDS} draws against K = {TOP_K}: here they keep {kept:.1f} unique classes, "
+            f"{kept / TOP_K:.1f} times Top-K's budget.",
         ),
     )
 

@@ -82,7 +82,7 @@ PROGRAMS_TOGETHER = {
     "report": {"comparison", "report_page"},
     "reproduction": {"comparison"},
     "reproduce_page": {"report_page", "reproduction"},
-    "toys": {"plots", "reproduction"},
+    "toys": {"plots", "reproduction", "evaluate"},
     "laws": {"reproduction"},
     "toy_tasks": {"plots", "reproduction"},
     "lab": {"train", "capture", "evaluate", "inspect"},  # inside its functions only
