@@ -20,13 +20,16 @@ from sparsekd.measures import MEASURES
 from sparsekd.reproduce_page import render_page, terminal_text
 from sparsekd.reproduction import Reproduction, Result, Settings, from_json, to_json
 from sparsekd.tables import TABLES
+from sparsekd.toy_images import FIG_2C
 from sparsekd.toy_tasks import FIG_2B
-from sparsekd.toys import TOYS
+from sparsekd.toys import FIG_2A, FIG_5
 
 # A name's result, in the order of the page.
 REPRODUCTIONS: dict[str, Reproduction] = {
-    **TOYS,
+    "fig2a": FIG_2A,
     "fig2b": FIG_2B,
+    "fig2c": FIG_2C,
+    "fig5": FIG_5,
     **TABLES,
     **MEASURES,
     "laws": LAWS_OF_APPENDIX_A,

@@ -300,21 +300,20 @@ def plot_5(result: Result) -> Any:
     return figure
 
 
-TOYS: dict[str, Reproduction] = {
-    "fig2a": Reproduction(
-        title="What each method hands the student, on a Zipf distribution",
-        source="fig. 2a, app. B, app. K",
-        claim="Keeping the top K scales the kept tokens up; giving the rest to the ground truth helps but stays "
-        "biased; random sampling has the truth as its mean.",
-        run=fig2a,
-        plot=plot_2a,
-    ),
-    "fig5": Reproduction(
-        title="Unique ids against rounds of sampling",
-        source="fig. 5, app. C",
-        claim="The number of unique tokens follows the number of sampling rounds in an approximate power law.",
-        run=fig5,
-        plot=plot_5,
-        uses=("seeds", "teacher", "rows"),
-    ),
-}
+FIG_2A = Reproduction(
+    title="What each method hands the student, on a Zipf distribution",
+    source="fig. 2a, app. B, app. K",
+    claim="Keeping the top K scales the kept tokens up; giving the rest to the ground truth helps but stays "
+    "biased; random sampling has the truth as its mean.",
+    run=fig2a,
+    plot=plot_2a,
+)
+
+FIG_5 = Reproduction(
+    title="Unique ids against rounds of sampling",
+    source="fig. 5, app. C",
+    claim="The number of unique tokens follows the number of sampling rounds in an approximate power law.",
+    run=fig5,
+    plot=plot_5,
+    uses=("seeds", "teacher", "rows"),
+)

@@ -64,6 +64,7 @@ LAYERS: dict[str, set[str]] = {
         "toys",
         "laws",
         "toy_tasks",
+        "toy_images",
         "lab",
         "tables",
         "measures",
@@ -85,10 +86,21 @@ PROGRAMS_TOGETHER = {
     "toys": {"plots", "reproduction", "evaluate"},
     "laws": {"reproduction"},
     "toy_tasks": {"plots", "reproduction"},
+    "toy_images": {"reproduction", "toy_tasks"},
     "lab": {"train", "capture", "evaluate", "inspect"},  # inside its functions only
     "tables": {"lab", "reproduction", "comparison", "plots"},
     "measures": {"lab", "tables", "reproduction", "plots", "student"},
-    "reproduce": {"plots", "reproduction", "reproduce_page", "toys", "toy_tasks", "laws", "tables", "measures"},
+    "reproduce": {
+        "plots",
+        "reproduction",
+        "reproduce_page",
+        "toys",
+        "toy_tasks",
+        "toy_images",
+        "laws",
+        "tables",
+        "measures",
+    },
     "demo": {"train", "capture", "evaluate", "inspect", "report"},  # inside its functions only
 }
 # Libraries that a layer's modules must not name, wherever in the file.
