@@ -226,6 +226,21 @@ def report(folder: Annotated[str, typer.Argument(help="A folder that `sparsekd d
 
 
 @app.command()
+def reproduce(
+    names: Annotated[str, typer.Argument(help="fig2a, table1, ... (several joined by commas), or all.")] = "all",
+    settings: Settings = None,
+    config: Recipe = None,
+    show: ShowSettings = False,
+    teacher: Annotated[str | None, typer.Option(help="Your own teacher, with --rows.")] = None,
+    rows: Annotated[str | None, typer.Option(help="Your own packed rows.")] = None,
+) -> None:
+    """The paper's figures and tables beside its numbers: result.json, PNG and one page, index.html."""
+    words = [f"name={names}", *(settings or [])]
+    words += [f"{key}={value}" for key, value in (("teacher", teacher), ("rows", rows)) if value]
+    _run("reproduce", config, words, show)
+
+
+@app.command()
 def demo(
     out: Annotated[str, typer.Argument(help="Where everything goes.")] = "demo",
     profile: Annotated[str, typer.Option(help="smoke, quick (about 4 CPU-minutes) or full (about 15).")] = "quick",

@@ -31,6 +31,7 @@ STAGES = {
     "tasks": ("sparsekd.tasks", "run_tasks"),
     "speculate": ("sparsekd.speculate", "speculate"),
     "judge": ("sparsekd.judge", "judge"),
+    "reproduce": ("sparsekd.reproduce", "reproduce"),
 }
 # Arguments that code passes and files cannot.
 _NOT_SETTINGS = {"progress", "callbacks"}

@@ -72,7 +72,7 @@ def reproduce(
     for each in chosen:
         results[each] = run_one(each, folder, settings)
         settings.say(terminal_text(each, REPRODUCTIONS[each], results[each]))
-    page = write_page(folder)
+        page = write_page(folder)  # after each, so that an interrupted run has one too
     settings.say(f"{page} shows all results in {folder}")
     return results
 
@@ -93,13 +93,15 @@ def run_one(name: str, out: Path, settings: Settings) -> Result:
     kept = read_result(folder)
     if kept:
         _check_same(name, out, kept["settings"], asked)
-        return from_json(kept["result"])
+        result = from_json(kept["result"])
+        if not (folder / f"{name}.svg").exists():
+            draw(name, result, folder)
+        return result
     settings.say(f"{name}: {reproduction.title} ({reproduction.source})")
     folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     result = reproduction.run(folder, settings)
     seconds = round(time.perf_counter() - started, 1)
-    draw(name, result, folder)
     record: dict[str, Any] = {
         "name": name,
         "title": reproduction.title,
@@ -107,8 +109,9 @@ def run_one(name: str, out: Path, settings: Settings) -> Result:
         "settings": asked,
     }
     record |= {"seconds": seconds, "sparsekd": __version__, "result": to_json(result)}
-    # Last: the file's presence says that the result is complete.
-    write_atomically(folder / "result.json", (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
+    write_atomically(folder / "result.json", f"{text}\n".encode())
+    draw(name, result, folder)  # from the numbers alone, so a plot that fails loses no work
     return result
 
 

@@ -99,7 +99,7 @@ def _ours(cell: Cell | str | None, form: str) -> str:
 
 def _made(name: str, record: Mapping[str, Any]) -> str:
     settings = [f"{k}={v}" for k, v in record["settings"].items() if v is not None]
-    command = escape(" ".join(["sparsekd reproduce", f"name={name}", *settings]))
+    command = escape(" ".join(["sparsekd reproduce", name, *settings]))
     return f"<code>{command}</code> took {record['seconds']:,.0f} s"
 
 

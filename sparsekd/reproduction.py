@@ -10,6 +10,7 @@ A function of a Reproduction is a short script over the public API; nothing here
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -164,8 +165,9 @@ def _cell(table: Table | None, row: str, column: Column) -> Cell | str | None:
 
 
 def to_json(result: Result) -> dict[str, Any]:
-    """The result as plain JSON values."""
-    return dataclasses.asdict(result)
+    """The result as plain JSON values; inf and nan, which JSON lacks, become those words."""
+    plain: dict[str, Any] = _finite(dataclasses.asdict(result))
+    return plain
 
 
 def from_json(value: Mapping[str, Any]) -> Result:
@@ -181,7 +183,20 @@ def from_json(value: Mapping[str, Any]) -> Result:
 
 def _table(value: Mapping[str, Any]) -> Table:
     rows = {
-        name: tuple(Cell(**cell) if isinstance(cell, dict) else cell for cell in cells)
+        name: tuple(_cell_from(cell) if isinstance(cell, dict) else cell for cell in cells)
         for name, cells in value["rows"].items()
     }
     return Table(columns=tuple(Column(**c) for c in value["columns"]), rows=rows)
+
+
+def _cell_from(value: Mapping[str, Any]) -> Cell:
+    error = value["standard_error"]
+    return Cell(mean=float(value["mean"]), standard_error=None if error is None else float(error), n=value["n"])
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

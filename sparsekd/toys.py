@@ -176,19 +176,27 @@ def _slip_mass(truth_V: Tensor) -> float:
 
 
 def plot_2a(result: Result) -> Any:
-    """Target probability of the first ids, one line per method; the truth as a wide band behind."""
+    """Target probability of the first ids, one line per method, the truth as a wide band; the same with a log axis."""
     curves = result.data["curves"]
-    with plots.canvas(920, 400, left=58, right=10, bottom=44) as (figure, axes):
-        ids = range(1, SHOWN + 1)
-        axes.plot(ids, curves[_TRUTH], color=plots.PALETTE["ink"], linewidth=7, alpha=0.16, solid_capstyle="round")
-        for name in (_TOPK, _NAIVE, _SLIP, _RS):
-            axes.plot(
-                ids, curves[name], color=plots.PALETTE[_PAINT_2A[name]], linewidth=1.8, marker="o", markersize=2.6
-            )
-        plots.legend(axes, [(name, _PAINT_2A[name]) for name in curves], right=0.99, top=0.97)
-        axes.set(xlim=(0, SHOWN + 0.5), ylim=(0, 1.04 * max(max(c) for c in curves.values())))
-        plots.axis_names(axes, "token id, most probable first", "mean target probability")
+    with plots.canvas(920, 380, left=58, right=472, bottom=44) as (figure, linear):
+        logarithmic = figure.add_axes((530 / 920, 44 / 380, 380 / 920, 324 / 380))
+        for axes in (linear, logarithmic):
+            _curves_2a(axes, curves)
+        logarithmic.set(yscale="log", ylim=(4e-4, 0.4))
+        linear.set(ylim=(0, 1.04 * max(max(c) for c in curves.values())))
+        plots.legend(linear, [(name, _PAINT_2A[name]) for name in curves], right=0.99, top=0.97)
+        plots.axis_names(linear, "token id, most probable first", "mean target probability")
+        plots.axis_names(logarithmic, "the same, log scale: Top-K has no tail", "")
     return figure
+
+
+def _curves_2a(axes: Any, curves: dict[str, list[float]]) -> None:
+    ids = range(1, SHOWN + 1)
+    axes.plot(ids, curves[_TRUTH], color=plots.PALETTE["ink"], linewidth=7, alpha=0.16, solid_capstyle="round")
+    for name in (_TOPK, _NAIVE, _SLIP, _RS):
+        heights = [h if h > 0 else math.nan for h in curves[name]] if name == _TOPK else curves[name]
+        axes.plot(ids, heights, color=plots.PALETTE[_PAINT_2A[name]], linewidth=1.8, marker="o", markersize=2.6)
+    axes.set(xlim=(0, SHOWN + 0.5))
 
 
 # -- figure 5: unique ids against rounds

@@ -34,9 +34,7 @@ def fork_worker(rows: str, teacher: str, out: Path, rank: int, world: int) -> in
     try:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
         sampler = {"name": "random_sampling", "rounds": 20}
-        capture(
-            rows=rows, teacher=teacher, out=out, sampler=sampler, shard_rows=8, batch_size=8, device="cpu"
-        )
+        capture(rows=rows, teacher=teacher, out=out, sampler=sampler, shard_rows=8, batch_size=8, device="cpu")
         status = 0
     finally:
         os._exit(status)

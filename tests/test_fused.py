@@ -158,7 +158,5 @@ print(peak() - before)
 @pytest.mark.parametrize("rows", [256, 512])
 def test_peak_memory_is_chunk_by_vocabulary(rows):
     """Beyond dW and dh the peak is one [chunk, V] buffer: between 0.8 and 1.6 of chunk * V * 4 bytes."""
-    out = subprocess.run(
-        [sys.executable, "-c", _MEMORY, str(rows)], capture_output=True, text=True, check=True
-    ).stdout
+    out = subprocess.run([sys.executable, "-c", _MEMORY, str(rows)], capture_output=True, text=True, check=True).stdout
     assert 0.8 < int(out) / (rows * 32768 * 4) < 1.6

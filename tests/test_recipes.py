@@ -22,6 +22,7 @@ REQUIRED = {
     "tasks": {"model": "m"},
     "speculate": {"teacher": "t", "student": "s", "rows": "rows"},
     "judge": {"model": "m", "prompts": "p.jsonl", "out": "o", "judge_model": "j"},
+    "reproduce": {},
 }
 
 

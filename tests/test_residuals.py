@@ -84,7 +84,7 @@ def test_ghost_token_stays_exact_when_the_student_puts_nearly_all_inside():
 @pytest.mark.parametrize("residual", [name for name in RESIDUALS if name != "none"])
 def test_zero_at_its_own_optimum(residual):
     """Where the student matches what the treatment asks for, the loss is 0 and the gradient vanishes."""
-    logits, targets, labels = example(mass=0.6)
+    _, targets, labels = example(mass=0.6)
     labels = labels.clamp(min=0)
     if residual == "ghost":  # the kept ids right, the others in any proportion
         t = targets.densify(V)
