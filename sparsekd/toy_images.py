@@ -147,12 +147,10 @@ def _read_pickle(path: Path) -> Images:
         with path.open("rb") as file:
             content = _ArraysOnly(file, encoding="bytes").load()
         pixels, labels = torch.as_tensor(content[b"data"]), torch.as_tensor(content[b"fine_labels"])
-        if (
-            pixels.dtype != torch.uint8
-            or len(labels) != len(pixels)
-            or not 0 <= int(labels.min()) <= int(labels.max()) < 100
-        ):
-            raise ValueError(f"{len(pixels)} images of {pixels.dtype} and {len(labels)} labels")
+        span = (int(labels.min()), int(labels.max()))
+        if pixels.dtype != torch.uint8 or len(labels) != len(pixels) or span[0] < 0 or span[1] > 99:
+            found = f"{len(pixels)} images of {pixels.dtype} and {len(labels)} labels ({span[0]} to {span[1]})"
+            raise ValueError(f"{found}, where it has bytes and labels 0 to 99")
         return Images(pixels=pixels.reshape(-1, 3, 32, 32), labels=labels.long())
     except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise FormatError(f"{path} is not a file of CIFAR-100's python version: {error}") from None

@@ -182,7 +182,8 @@ def plot_2a(result: Result) -> Any:
         logarithmic = figure.add_axes((530 / 920, 44 / 380, 380 / 920, 324 / 380))
         for axes in (linear, logarithmic):
             _curves_2a(axes, curves)
-        logarithmic.set(yscale="log", ylim=(4e-4, 0.4))
+        logarithmic.set(yscale="log", ylim=(2e-4, 0.4))
+        logarithmic.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         linear.set(ylim=(0, 1.04 * max(max(c) for c in curves.values())))
         plots.legend(linear, [(name, _PAINT_2A[name]) for name in curves], right=0.99, top=0.97)
         plots.axis_names(linear, "token id, most probable first", "mean target probability")
