@@ -350,7 +350,7 @@ def _fail(message: str) -> None:
 def main() -> None:
     """The console script: our errors as one sentence and exit code 2, Ctrl-C as 130."""
     try:
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False, prog_name="sparsekd")
         if code == 130:  # newer typers turn Ctrl-C into this
             raise KeyboardInterrupt
         if code:

@@ -323,7 +323,7 @@ def test_a_foreign_folder_is_not_overwritten(tmp_path: Path, tokenizer: Any) -> 
     (tmp_path / "thesis").mkdir()
     common = {"source": source, "tokenizer": tokenizer, "seq_len": 8, "out": tmp_path / "thesis"}
     (tmp_path / "thesis" / "chapter.tex").touch()
-    with pytest.raises(SourceError, match=r"thesis holds no packed rows"):
+    with pytest.raises(MismatchError, match=r"thesis is not empty and holds no packed rows; give another out="):
         pack(**common)
     (tmp_path / "thesis" / "chapter.tex").unlink()
     assert pack(**common)["splits"]["train"]["rows"] > 0
@@ -544,11 +544,12 @@ def test_rows_of_a_newer_sparsekd_are_refused(copy: Path) -> None:
 
 
 def test_a_folder_without_rows_says_how_to_make_them(tmp_path: Path) -> None:
-    """A missing folder names the verb that packs."""
-    with pytest.raises(
-        SourceError, match=r"holds no packed rows \(no manifest\.json\); make them with `sparsekd pack`"
-    ):
+    """A missing folder, and one that holds something else, name the verb that packs."""
+    with pytest.raises(SourceError, match=r"nothing does not exist; make packed rows with `sparsekd pack`"):
         RowsReader(tmp_path / "nothing")
+    (tmp_path / "thesis").mkdir()
+    with pytest.raises(SourceError, match=r"thesis .*`sparsekd pack`"):
+        RowsReader(tmp_path / "thesis")
 
 
 def test_importing_rows_loads_neither_torch_nor_transformers() -> None:
