@@ -5,6 +5,7 @@ Style, palette and document are the report's. No scripts, no requests; words fro
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Mapping
 from html import escape
@@ -48,7 +49,7 @@ def _summary_line(name: str, reproduction: Reproduction, result: Result, *_: Any
 
 
 def _section(name: str, reproduction: Reproduction, result: Result, record: Mapping[str, Any], svg: str) -> str:
-    figure = f'<figure class="wide-figure">{svg}</figure>' if svg else ""
+    figure = f'<figure class="wide-figure" style="max-width:{_width(svg)}px">{svg}</figure>' if svg else ""
     return (
         f'<section aria-labelledby="{escape(name)}"><p class="source"><code>{escape(name)}</code> '
         f'{escape(reproduction.source)}</p><h2 id="{escape(name)}">{escape(reproduction.title)}</h2>\n'
@@ -56,6 +57,12 @@ def _section(name: str, reproduction: Reproduction, result: Result, record: Mapp
         f'<p class="fine"><b>Scale.</b> {escape(tie(result.scale))}</p>'
         f'<p class="fine made">{_made(name, record)}</p></section>'
     )
+
+
+def _width(svg: str) -> int:
+    """The width an SVG was drawn for: text in it has the page's size at that width."""
+    box = re.search(r'viewBox="\S+ \S+ ([\d.]+)', svg)
+    return round(float(box[1])) if box else 920
 
 
 def _findings(result: Result) -> str:
@@ -107,7 +114,7 @@ def _made(name: str, record: Mapping[str, Any]) -> str:
 
 
 def terminal_text(name: str, reproduction: Reproduction, result: Result) -> str:
-    """The table, paper's numbers in brackets, then the findings, in about 100 columns."""
+    """The table, the paper's numbers in brackets, then the findings; long words of a cell are cut."""
     columns, rows = beside(result)
     cells = [[row, *(_both(o, p, c) for (o, p), c in zip(pairs, columns, strict=True))] for row, pairs in rows]
     widths = [max([len(line[i]) for line in cells] + [9 * (i > 0)]) for i in range(len(columns) + 1)]
@@ -132,7 +139,9 @@ def _head(columns: list[Column], widths: list[int]) -> list[list[str]]:
 
 
 def _both(ours: Any, paper: Any, column: Column) -> str:
-    return shown(ours, column.form) + (f" [{shown(paper, column.form)}]" if paper is not None else "")
+    return textwrap.shorten(shown(ours, column.form), 48, placeholder=" …") + (
+        f" [{shown(paper, column.form)}]" if paper is not None else ""
+    )
 
 
 def _fit(text: str, width: int, *, left: bool) -> str:

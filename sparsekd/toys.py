@@ -143,7 +143,7 @@ def _findings_2a(truth_V: Tensor, rows: dict[str, Any]) -> tuple[Finding, ...]:
         ),
         Finding(
             text=f"Random sampling follows the truth: over the first {SHOWN} ids its mean target is "
-            f"{shown(rs[head], '.3f')} away, Top-K's {top[head].mean:.3f}. Its bias is 0.",
+            f"{shown(rs[head], '.4f')} away, Top-K's {top[head].mean:.3f}. Its bias is 0.",
             holds=rs[head].mean < 0.2 * min(top[head].mean, naive[head].mean),
         ),
         Finding(
@@ -219,12 +219,12 @@ def fig5(folder: Path, settings: Settings) -> Result:
     budget = next(enough, f"more than {max(rounds)}")
     columns = (Column(name="Unique ids", form=".2f"), Column(name="Power law", unit="at these rounds", form=".2f"))
     rows = {
-        f"{r} rounds": (Cell(mean=u, standard_error=e), Cell(mean=prefactor * r**exponent))
+        _rounds(r): (Cell(mean=u, standard_error=e), Cell(mean=prefactor * r**exponent))
         for r, u, e in zip(rounds, unique, measured["errors"], strict=True)
     }
     return Result(
         ours=Table(columns=columns, rows=rows),
-        paper=Table(columns=columns[:1], rows={f"{_PAPER_5[0]} rounds": exact(_PAPER_5[1])}),
+        paper=Table(columns=columns[:1], rows={_rounds(_PAPER_5[0]): exact(_PAPER_5[1])}),
         scale=f"Here {measured['what']}; the paper plots its teacher on its pre-training data and prints one point.",
         findings=(
             Finding(
@@ -243,6 +243,10 @@ def fig5(folder: Path, settings: Settings) -> Result:
         ),
         data={"rounds": rounds, "unique": unique, "power_law": {"exponent": exponent, "prefactor": prefactor}},
     )
+
+
+def _rounds(count: int) -> str:
+    return f"{count} round{'s' * (count != 1)}"
 
 
 def power_law(rounds: Sequence[float], unique: Sequence[float]) -> tuple[float, float, float]:

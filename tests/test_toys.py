@@ -96,7 +96,7 @@ def test_a_power_law_is_recovered():
 def test_fig5_counts_a_real_teachers_ids(world):
     """With a teacher and rows, one round keeps one id, and the table has what evaluate.unique_ids counts."""
     result = toys.fig5(Path(), Settings(seeds=1, teacher=world.teacher, rows=world.rows))
-    assert result.ours.rows["1 rounds"][0].mean == 1
+    assert result.ours.rows["1 round"][0].mean == 1
     unique = [cells[0].mean for cells in result.ours.rows.values()]
     assert unique == sorted(unique)
     assert result.data["unique"] == unique
