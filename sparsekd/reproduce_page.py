@@ -17,6 +17,7 @@ from sparsekd.reproduction import Cell, Column, Finding, Reproduction, Result, b
 Section = tuple[Reproduction, Result, Mapping[str, Any], str]
 _MARKS = {True: ("✓", "holds"), False: ("✗", "fails"), None: ("·", "remark")}
 _WIDTH = 100
+_WORDS = ' class="words"'
 
 
 def render_page(sections: Mapping[str, Section]) -> str:
@@ -79,7 +80,11 @@ def _mark(finding: Finding) -> str:
 def _table(result: Result) -> str:
     columns, rows = beside(result)
     paint = result.data.get("paint") or {}
-    head = "".join(f'<th scope="col">{escape(c.name)}<small>{escape(c.unit)}</small></th>' for c in columns)
+    words = [any(isinstance(cells[i][0], str) for _, cells in rows) for i in range(len(columns))]
+    head = "".join(
+        f'<th scope="col"{_WORDS * is_words}>{escape(c.name)}<small>{escape(c.unit)}</small></th>'
+        for c, is_words in zip(columns, words, strict=True)
+    )
     body = "".join(
         f'<tr><th scope="row">{key_of(paint[name]) if name in paint else ""}{escape(name)}</th>'
         + "".join(_pair(ours, paper, c) for (ours, paper), c in zip(cells, columns, strict=True))
@@ -94,8 +99,7 @@ def _table(result: Result) -> str:
 
 def _pair(ours: Any, paper: Any, column: Column) -> str:
     theirs = f'<small class="paper">paper {escape(shown(paper, column.form))}</small>' if paper is not None else ""
-    words = ' class="words"' if isinstance(ours, str) else ""
-    return f"<td{words}>{_ours(ours, column.form)}{theirs}</td>"
+    return f"<td{_WORDS * isinstance(ours, str)}>{_ours(ours, column.form)}{theirs}</td>"
 
 
 def _ours(cell: Cell | str | None, form: str) -> str:

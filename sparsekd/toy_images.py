@@ -223,8 +223,8 @@ def fig2c(folder: Path, settings: Settings) -> Result:
     own = (
         f"Here NOT CIFAR-100 (data=FOLDER takes it) but {STRIPED} classes of noisy striped shapes of our own making, "
         f"{SIDE} × {SIDE} pixels, and a small convolutional network, {trained}. The noise keeps classes ambiguous: in "
-        "a trial with less (4 % of the mass outside the top 7) such short training left FullKD's student under-confident "
-        "and Top-K's no worse calibrated than it. "
+        "a trial with less (4 % of the mass outside the top 7) such short training left FullKD's student "
+        "under-confident and Top-K's no worse calibrated than it. "
     )
     return result_of(compare(striped_task(size), settings), own + paper)
 
