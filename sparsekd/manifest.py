@@ -27,6 +27,7 @@ Json = dict[str, Any]
 MANIFEST = "manifest.json"
 POSITION_CONVENTION = "target p is the teacher's distribution of token p+1"
 _ABSENT = "(absent)"
+_SET_BY_USERS = ("seq_len", "data", "tokenizer", "teacher", "sampler")
 
 
 # --- identity -------------------------------------------------------------------------------------------
@@ -121,8 +122,11 @@ def first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any] 
 
 def check_same_spec(old: CacheSpec, new: CacheSpec, where: str) -> None:
     """MismatchError naming the first setting in which a cache on disk and a new capture differ."""
-    difference = first_difference(old.as_dict(), new.as_dict())
-    if difference:
+    a, b = old.as_dict(), new.as_dict()
+    # What a user sets comes first: a codec follows from the sampler, the number of rows from the data.
+    names = [*_SET_BY_USERS, *(name for name in a if name not in _SET_BY_USERS)]
+    found = (first_difference(a[name], b[name], name) for name in names)
+    if difference := next(filter(None, found), None):
         key, was, wanted = difference
         raise MismatchError(
             f"{where} was captured with {key}={short(was)}, this capture has {key}={short(wanted)}; "

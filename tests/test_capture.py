@@ -217,6 +217,8 @@ def test_resuming_with_other_settings_names_both_values(world, tmp_path):
     shutil.copytree(world.cache, tmp_path / "c")
     with pytest.raises(MismatchError, match=r"sampler\.seed.*\b0\b.*\b1\b"):
         run(world, tmp_path / "c", seed=1)
+    with pytest.raises(MismatchError, match=r"sampler\.rounds=20, this capture has sampler\.rounds=10"):
+        run(world, tmp_path / "c", sampler={"name": "random_sampling", "rounds": 10})
     with pytest.raises(MismatchError, match=r"capture\.threads.*\b1\b.*\b2\b"):
         run(world, tmp_path / "c", threads=2)
 
