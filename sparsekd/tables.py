@@ -1,4 +1,4 @@
-"""The paper's language-model tables, each a list of arms over one lab: tables 1, 2, 5, 9, 12.
+"""The paper's language-model tables, each a list of arms over one lab: fig. 3, tables 1, 2, 5, 9, 12.
 
 A table names its arms (ways to train a student), the paper's numbers, and the claims to be judged; training and
 keeping are the lab's. Every cell is a mean over seeds with its standard error; students of one seed are paired.
@@ -213,7 +213,15 @@ TABLE5_PAPER = {
     "FullKD": (None, 2.75, None, 0.7, 62.02),
 }
 
-FIG3_ARMS = [top(12), top(50), top(50, "Ghost token, Top-K 50", residual="ghost"), drawn(50)]
+FIG3_ARMS = [top(12), top(50), top(50, "Ghost, Top-K 50", residual="ghost"), drawn(50)]
+FIG3_PAPER = {
+    "CE": (None, 2.81, None, 1.2, None),
+    "Top-K 12": (12, 2.87, None, 4.7, None),
+    "Top-K 50": (50, 2.80, None, 2.2, None),
+    "Ghost, Top-K 50": (50, 2.77, None, 0.4, None),
+    "Random sampling 50": (12.1, 2.75, None, 0.8, None),
+    "FullKD": (None, 2.75, None, 0.7, None),
+}
 
 GRID = [(alpha, ratio) for ratio in (1.0, 1.5, 2.0) for alpha in (0.3, 0.2, 0.1, 0.0)]
 TABLE9_PAPER_GAPS = (101, 111, 95, 98, 124, 121, 120, 111, 116, 124, 125, 112)
@@ -284,7 +292,46 @@ def _paint(name: str) -> str:
     return fixed.get(name) or ("topk" if name.startswith(("Top", "Naive", "Ghost", "Smooth")) else "rs")
 
 
+def plot_reliability(result: Result) -> Any:
+    """Reliability diagrams side by side, bins pooled over seeds: accuracy against confidence, the gap shaded."""
+    from sparsekd import plots
+
+    names = [name for name in result.ours.rows if name in result.data["reliability"]]
+    side, space, left, top_ = 128, 22, 44, 40
+    width, height = left + len(names) * (side + space), side + top_ + 46
+    with plots.canvas(width, height, left=left, right=0, bottom=46, top=top_) as (figure, whole):
+        whole.remove()
+        for index, name in enumerate(names):
+            x = left + index * (side + space)
+            axes = figure.add_axes((x / width, 46 / height, side / width, side / height))
+            colour = plots.PALETTE[_paint(name)]
+            plots.reliability_axes(axes, result.data["reliability"][name], colour)
+            axes.text(0, 1.07, name, transform=axes.transAxes, color=colour, fontweight="bold", fontsize=10)
+            ece = result.ours.rows[name][3]
+            if isinstance(ece, Cell):
+                axes.text(0.06, 0.88, f"ECE {ece.mean:.1f} %", color=plots.PALETTE["ink"], fontsize=10)
+            plots.axis_names(axes, "confidence", "" if index else "accuracy")
+        return figure
+
+
 TABLES: dict[str, Reproduction] = {
+    "fig3": Reproduction(
+        title="Calibration of language models",
+        source="figs. 3a and 3b, section 4.1",
+        claim="Top-K students are over-confident, the more so the fewer ids; random sampling is calibrated like FullKD.",
+        run=language_table(
+            FIG3_ARMS,
+            FIG3_PAPER,
+            [
+                Claim(better="Random sampling 50", worse="Top-K 12", metric="ece"),
+                Claim(better="Random sampling 50", worse="Top-K 50", metric="ece"),
+                Claim(better="Top-K 50", worse="Top-K 12", metric="ece"),
+            ],
+            _10B,
+        ),
+        plot=plot_reliability,
+        uses=_USES,
+    ),
     "table1": Reproduction(
         title="Vanilla top-k distillation",
         source="table 1, section 2.1",
