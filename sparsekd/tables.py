@@ -318,7 +318,7 @@ TABLES: dict[str, Reproduction] = {
     "fig3": Reproduction(
         title="Calibration of language models",
         source="figs. 3a and 3b, section 4.1",
-        claim="Top-K students are over-confident, the more so the fewer ids; random sampling is calibrated like FullKD.",
+        claim="Top-K students are over-confident, more so with fewer ids; random sampling is calibrated like FullKD.",
         run=language_table(
             FIG3_ARMS,
             FIG3_PAPER,

@@ -115,6 +115,8 @@ def test_a_lab_trains_what_is_asked_and_keeps_it(world, tmp_path, monkeypatch):
     assert run(tmp_path / "table", settings) == result
     speeds = measures.table4(tmp_path / "table4", settings).ours.rows
     assert speeds["FullKD"][0].mean == 1
+    lossless = measures.quantisation(tmp_path / "quantisation", settings)
+    assert [finding.holds for finding in lossless.findings] == [True, True]
     with pytest.raises(MismatchError, match="holds a lab with other settings"):
         Lab(tmp_path / "lab", LabSettings(), rows=world.rows, teacher=world.teacher)
     assert json.loads((tmp_path / "lab" / "lab.json").read_text())["student_steps"] == 8
