@@ -137,7 +137,7 @@ def adapt(config: Recipe = None, settings: Settings = None, show: ShowSettings =
 
 @app.command(epilog=_example("train", "cache=cache student=tiny out=student eval_rows=rows"))
 def train(config: Recipe = None, settings: Settings = None, show: ShowSettings = False) -> None:
-    """Cache -> student: a stock transformers Trainer on the cache alone. Run again to resume."""
+    """Cache -> student: transformers' Trainer on the cache alone. Run again to resume."""
     with _bar("step") as progress:
         metrics = _run("train", config, settings, show, progress=False, callbacks=lambda: [_show_training(progress)])
     if os.environ.get("RANK", "0") != "0":  # under torchrun, one process speaks

@@ -1,4 +1,4 @@
-"""Train a student from a cache, from rows, or under an online teacher: stock `transformers.Trainer` throughout."""
+"""Train a student from a cache, from rows, or under an online teacher, with transformers' Trainer."""
 
 from __future__ import annotations
 
