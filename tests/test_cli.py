@@ -118,7 +118,7 @@ REFUSALS = [
     (f"{CAPTURE} out={{mess}}", "mess is not empty and holds no cache but notes.txt; give another out=FOLDER"),
     (f"{CAPTURE} out={{rows}}", "is not empty and holds no cache but heldout_ids.npy"),
     (f"{CAPTURE} out=s3://bucket/cache", "a cache is written to a local folder, not to s3://bucket/cache"),
-    (f"{CAPTURE} out={{cache}} shard_rows=40 sampler.rounds=21", "rounds=20, this capture has codec.rounds=21"),
+    (f"{CAPTURE} out={{cache}} shard_rows=40 sampler.rounds=21", "=20, this capture has sampler.rounds=21"),
     # rows and teachers
     ("capture", "capture needs rows=...; sparsekd capture --settings lists all"),
     (f"{CAPTURE} rows={{home}}/none", "none does not exist; make packed rows with `sparsekd pack`"),
