@@ -98,8 +98,9 @@ def verify(
     print(f"{cache}: {report.shards} shards, {report.rows:,} rows, every checksum holds")
     if teacher is not None:
         from sparsekd.capture import recompute
+        from sparsekd.vocab import quiet_transformers
 
-        _quiet_transformers()
+        quiet_transformers()
         with CacheReader(cache) as reader:
             found = recompute(reader, teacher, rows)
         if found["differing"] == 0:
@@ -261,24 +262,17 @@ def _run(
 ) -> Any:
     """Read the recipe and call the program; `callbacks` makes what needs transformers, once the recipe is sound."""
     from sparsekd import recipes
+    from sparsekd.vocab import quiet_transformers
 
     if show:
         print(f"settings of {verb}, in YAML as key: value, on the command line as key=value\n")
         print(recipes.settings_text(verb))
         raise typer.Exit
     values = recipes.read_recipe(verb, config, words or [])
-    _quiet_transformers()
+    quiet_transformers()
     if callbacks is not None:
         more["callbacks"] = callbacks()
     return recipes.stage(verb)(**values, **more)
-
-
-def _quiet_transformers() -> None:
-    """Keep the terminal for our own lines: a bar for each file that a library loads is noise."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 class _bar:

@@ -21,6 +21,7 @@ from typing import Any
 
 from sparsekd.checks import make_folder
 from sparsekd.errors import MismatchError, RecipeError
+from sparsekd.files import write_json
 
 METHODS: dict[str, dict[str, Any]] = {
     "ce": {"label": "Cross-entropy", "method": "ce", "cache": None},
@@ -101,9 +102,11 @@ PROFILES = {
 def run_demo(out: str | Path = "demo", profile: str = "quick", say: Callable[[str], None] = print) -> Path:
     """Run (or go on running) the demo in the folder `out`; returns the path of report.html."""
     from sparsekd.report import aggregate, report, terminal_table
+    from sparsekd.vocab import quiet_transformers
 
     if profile not in PROFILES:
         raise RecipeError(f"profile={profile!r} is not one of {', '.join(PROFILES)}")
+    quiet_transformers()
     folder, settings = Path(out), PROFILES[profile]
     _claim(folder, profile, settings)
     clock = Clock(folder / "seconds.json", say)
@@ -143,7 +146,7 @@ class Clock:
         yield
         spent = time.perf_counter() - started
         self.seconds[name] = max(self.seconds.get(name, 0.0), spent)
-        self.path.write_text(json.dumps(self.seconds, indent=1) + "\n")
+        write_json(self.path, self.seconds)
 
 
 def _claim(folder: Path, profile: str, settings: Profile) -> None:
@@ -179,7 +182,6 @@ def _pack(folder: Path, settings: Profile) -> dict[str, Any]:
 def _train_teacher(folder: Path, settings: Profile) -> None:
     from sparsekd.train import train
 
-    _quiet()
     train(
         out=folder / "teacher",
         student=settings.teacher,
@@ -212,7 +214,7 @@ def _capture(folder: Path, settings: Profile, name: str, kind: dict[str, Any]) -
         device="cpu",
     )
     with CacheReader(path) as reader:
-        _write(path / "stats.json", cache_stats(reader))
+        write_json(path / "stats.json", cache_stats(reader))
 
 
 def _train_students(folder: Path, settings: Profile, jobs: list[tuple[str, int]], say: Callable[[str], None]) -> None:
@@ -221,7 +223,9 @@ def _train_students(folder: Path, settings: Profile, jobs: list[tuple[str, int]]
     workers = max(1, min(os.cpu_count() or 1, len(todo)))
     if not todo:
         return
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread)
+    from sparsekd.models import one_thread
+
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=one_thread)
     try:
         futures = {pool.submit(train_student, str(folder), settings, *job): job for job in todo}
         for future, (method, seed) in futures.items():
@@ -239,8 +243,9 @@ def _train_students(folder: Path, settings: Profile, jobs: list[tuple[str, int]]
 def train_student(folder: str, settings: Profile, name: str, seed: int) -> dict[str, Any]:
     """One student; all methods of a seed share their initial weights and the order of their rows."""
     from sparsekd.train import train
+    from sparsekd.vocab import quiet_transformers
 
-    _quiet()
+    quiet_transformers()
     home, method = Path(folder), METHODS[name]
     return train(
         out=_student(home, name, seed),
@@ -266,7 +271,6 @@ def train_student(folder: str, settings: Profile, name: str, seed: int) -> dict[
 def _evaluate(folder: Path, settings: Profile, jobs: list[tuple[str, int]]) -> None:
     from sparsekd.evaluate import evaluate, unique_ids
 
-    _quiet()
     rows, teacher = folder / "rows", str(folder / "teacher")
     models = [(folder / "teacher", None), *((_student(folder, *job), teacher) for job in jobs)]
     for path, judge in models:
@@ -275,7 +279,7 @@ def _evaluate(folder: Path, settings: Profile, jobs: list[tuple[str, int]]) -> N
                 model=str(path), rows=rows, teacher=judge, batch_size=32, limit_rows=settings.eval_rows, device="cpu"
             )
     if not (folder / "unique_ids.json").exists():
-        _write(folder / "unique_ids.json", unique_ids(teacher=teacher, rows=rows, device="cpu"))
+        write_json(folder / "unique_ids.json", unique_ids(teacher=teacher, rows=rows, device="cpu"))
 
 
 def _describe(
@@ -289,7 +293,7 @@ def _describe(
 
     teacher = json.loads((folder / "teacher" / "evaluation.json").read_text())
     used = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores, no accelerator"
-    _write(
+    write_json(
         folder / "run.json",
         {
             "title": "Sparse distillation of a small language model",
@@ -329,22 +333,3 @@ def _parameters(model: Path) -> int:
             size *= side
         total += size
     return total
-
-
-def _write(path: Path, value: Any) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    temporary.replace(path)
-
-
-def _one_thread() -> None:
-    import torch
-
-    torch.set_num_threads(1)
-
-
-def _quiet() -> None:
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()

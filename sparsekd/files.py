@@ -64,6 +64,11 @@ def write_atomically(path: str | Path, data: bytes) -> None:
             temporary.unlink()
 
 
+def write_json(path: str | Path, value: Any) -> None:
+    """`value` as strict JSON, written atomically: where a file's presence means "complete", half of one must not be."""
+    write_atomically(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+
+
 def _write_and_sync(path: Path, data: bytes) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     try:

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from sparsekd.errors import MismatchError, ModelError
+from sparsekd.files import write_json
+from sparsekd.vocab import quiet_transformers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -211,7 +213,7 @@ class Lab:
                 dtype=self.settings.dtype,
             )
             with CacheReader(path) as reader:
-                (path / "stats.json").write_text(json.dumps(cache_stats(reader)) + "\n")
+                write_json(path / "stats.json", cache_stats(reader))
         return str(path)
 
     def run(
@@ -243,7 +245,9 @@ class Lab:
         models = (self.rows(), teacher or self.teacher())
         workers = max(1, min(os.cpu_count() or 1, len(jobs))) if self.settings.device in (None, "cpu") else 1
         self.say(f"  lab: training {len(jobs)} students")
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
+        from sparsekd.models import one_thread
+
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=one_thread) as pool:
             futures = {pool.submit(_train_one, self.settings, models, job): job for job in jobs}
             for done, future in enumerate(as_completed(futures), start=1):
                 _, arm, seed, _ = futures[future]
@@ -262,12 +266,9 @@ class Lab:
 
 def _train_one(s: LabSettings, models: tuple[str, str], job: tuple[str, Arm, int, str]) -> float:
     """One student trained and evaluated, in a process of the pool; a run that diverges is recorded as infinite loss."""
-    from transformers.utils import logging
-
     from sparsekd.evaluate import evaluate
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet_transformers()
     (rows, teacher), (out, arm, seed, cache) = models, job
     method = arm.train.get("method", "cached")
     try:
@@ -275,8 +276,8 @@ def _train_one(s: LabSettings, models: tuple[str, str], job: tuple[str, Arm, int
         result = evaluate(model=out, rows=rows, teacher=teacher, batch_size=32, limit_rows=s.eval_rows, device=s.device)
     except ModelError as error:  # what the paper writes as an infinite loss
         result = {"diverged": str(error), "loss": {"mean": None, "standard_error": None}}
-        (Path(out) / "evaluation.json").write_text(json.dumps(result) + "\n")
-        (Path(out) / "metrics.json").write_text(json.dumps({"diverged": str(error)}) + "\n")
+        write_json(Path(out) / "metrics.json", {"diverged": str(error)})
+        write_json(Path(out) / "evaluation.json", result)  # last: its presence says that the student is done
     loss = result["loss"]["mean"]
     return float("inf") if loss is None else float(loss)
 
@@ -301,9 +302,3 @@ def _train_student(s: LabSettings, teacher: str, out: str, arm: Arm, seed: int, 
         progress=False,
         **{"method": method} | arm.train,
     )
-
-
-def _one_thread() -> None:
-    import torch
-
-    torch.set_num_threads(1)

@@ -96,6 +96,11 @@ def check_device(device: str | None) -> str:
     return device if kind == "cuda" else "cpu"
 
 
+def one_thread() -> None:
+    """For the processes of a pool: tiny students gain nothing from a second thread each."""
+    torch.set_num_threads(1)
+
+
 def open_model(path: str, *, dtype: str = "float32", device: str | None = None) -> Any:
     """A pretrained causal language model in eval mode, from a local folder or a hub id.
 

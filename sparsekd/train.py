@@ -14,7 +14,7 @@ from sparsekd import models
 from sparsekd.checks import check_at_least, make_folder
 from sparsekd.divergences import DIVERGENCES, check_sparse_divergence
 from sparsekd.errors import MismatchError, RecipeError
-from sparsekd.files import write_atomically
+from sparsekd.files import write_json
 from sparsekd.residuals import RESIDUALS
 from sparsekd.student import CacheDataset, SparseKDCollator, attach_full_kd, attach_sparse_kd, pace, student_trainer
 from sparsekd.training_set import (
@@ -189,7 +189,7 @@ def train(
         if not progress:
             _silence(trainer)
         if trainer.is_world_process_zero():
-            _write_json(out / "recipe.json", recipe | {"data": data.identity})
+            write_json(out / "recipe.json", recipe | {"data": data.identity})
         trainer.train(resume_from_checkpoint=_last_checkpoint(out))
         return _finish(trainer, out, recipe, rows_per_step, clock.seconds, data, text_tokenizer)
     finally:
@@ -402,7 +402,7 @@ def _finish(
     if trainer.is_world_process_zero():
         if tokenizer is not None:
             tokenizer.save_pretrained(str(out))
-        _write_json(out / "metrics.json", metrics)
+        write_json(out / "metrics.json", metrics)
     return metrics
 
 
@@ -419,7 +419,3 @@ def _mean_logged(log: list[dict[str, Any]]) -> float:
         if "loss" in entry:
             total, last = total + entry["loss"] * (entry["step"] - last), entry["step"]
     return total / max(last, 1)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    write_atomically(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())

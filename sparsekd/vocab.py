@@ -61,6 +61,14 @@ class Piece:
 # -- opening, training, telling apart
 
 
+def quiet_transformers() -> None:
+    """Keep the terminal for our own lines: a bar for each file that a library loads is noise."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 def load_tokenizer(source: str | Path) -> Any:
     """The tokenizer in a folder or of a model id, as AutoTokenizer opens it; remote code is never run.
 
