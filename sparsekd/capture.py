@@ -1,118 +1,54 @@
 """Capture: packed rows pass the teacher once; sparse targets are drawn on its device, coded and written beside it.
 
-The figure 1 of the paper in one file: rows -> body -> head in chunks -> sampler -> queue -> codec -> shards.
-Shapes: B rows, L tokens, H hidden size, V logit width, C positions of a chunk, K kept ids.
+The paper's figure 1: rows -> body -> head in chunks -> sampler (`drawing`) -> queue -> codec -> shards (`shard_thread`).
 """
 
 from __future__ import annotations
 
-import inspect
 import os
-import queue
 import shutil
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 import sparsekd
 from sparsekd import models, rng
-from sparsekd.cache import CacheReader, CacheSpec, CacheWriter, RowRecord
+from sparsekd.cache import CacheSpec, CacheWriter
 from sparsekd.checks import check_at_least, check_seed
 from sparsekd.codec import (
     CODECS,
     COUNTS,
     IMPORTANCE,
     WEIGHTS,
-    FlatTargets,
-    Importance,
     codec_spec,
-    decode,
     default_codec,
-    encode,
     encode_row,
 )
-from sparsekd.errors import MismatchError, ModelError, RecipeError, StorageError
+from sparsekd.drawing import (
+    HEAD_BYTES,
+    Teacher,
+    cpu_threads,
+    draw_records,
+    read_head,
+    sampler_parameters,
+    shard_batches,
+)
+from sparsekd.errors import MismatchError, RecipeError, StorageError
 from sparsekd.manifest import shard_name
 from sparsekd.packed import RowsReader, describe_rows
 from sparsekd.samplers import (
     SAMPLERS,
-    ImportanceDraws,
     check_parameters,
     is_unbiased,
-    sample,
-    sample_importance,
 )
-from sparsekd.targets import SparseTargets
+from sparsekd.shard_thread import ShardThread
 
 # A shard is the unit of resume: at most 4M tokens (minutes of one accelerator), and 16 of them in a small cache.
 SHARD_TOKENS = 2**22
-# The head's fp32 logits exist for this many bytes at a time; part of the manifest through head_chunk.
-HEAD_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
-QUEUE_BATCHES = 4
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Drawn:
-    """What one batch of rows gave: targets of its supervised positions, in order, still on the teacher's device."""
-
-    parts: list[SparseTargets | ImportanceDraws]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Teacher:
-    """A model with its head apart, and how rows pass it."""
-
-    model: Any
-    head: models.Head
-    spec: CacheSpec
-
-    @torch.no_grad()
-    def draw(self, input_ids_BL: np.ndarray, supervised_BL: np.ndarray, first_row: int) -> Drawn:
-        """Targets for every position whose next token is supervised; [B, L, V] logits never exist."""
-        device = next(self.model.parameters()).device
-        ids = torch.from_numpy(input_ids_BL.astype(np.int64)).to(device)
-        wanted = torch.from_numpy(supervised_BL[:, 1:].astype(bool)).to(device)
-        if self.head.weight_VH is None:
-            hidden = self.model(input_ids=ids, use_cache=False).logits
-        else:
-            hidden = models.body_of(self.model)(input_ids=ids, use_cache=False).last_hidden_state
-        rows, positions = wanted.nonzero(as_tuple=True)
-        hidden_NH = hidden[rows, positions]
-        chunk, sampler = self.spec.capture["head_chunk"], dict(self.spec.sampler)
-        name, seed = sampler["name"], sampler["seed"]
-        parameters = {key: sampler[key] for key in _parameters(name)}
-        draw = _draw_for(self.spec.codec)
-        drawn = Drawn(parts=[])
-        for start in range(0, len(rows), chunk):
-            part = slice(start, start + chunk)
-            logits_CV = self.head.logits(hidden_NH[part])
-            keys = {"seed": seed, "rows": rows[part] + first_row, "positions": positions[part]}
-            drawn.parts.append(draw(logits_CV, name, **keys, **parameters))
-        return drawn
-
-
-def _draw_for(codec: dict[str, Any]) -> Callable[..., SparseTargets | ImportanceDraws]:
-    """What the codec holds: targets, or draws that are not weighed yet. Wide integers stay behind: K ids of every
-    position of a batch wait on the device for the codec."""
-
-    def targets(logits_CV: Tensor, name: str, **settings: Any) -> SparseTargets:
-        found = sample(logits_CV, name, **settings)
-        return SparseTargets(ids=found.ids.to(torch.int32), weights=found.weights)
-
-    def unweighed(logits_CV: Tensor, name: str, *, normalize: bool, **settings: Any) -> ImportanceDraws:
-        found = sample_importance(logits_CV, **settings)
-        ids, counts = found.ids.to(torch.int32), found.counts.to(torch.int32)
-        return replace(found, ids=ids, counts=counts, log2_p=found.log2_p.float())
-
-    return unweighed if CODECS[codec["name"]].holds == IMPORTANCE else targets
 
 
 def capture(
@@ -182,7 +118,7 @@ def capture(
         spec = _make_spec(reader, model, teacher, draws, codec, batch_size, shard_rows, limit_rows)
         writer = CacheWriter(out, spec, engine=_engine(device))
         _copy_tokenizer(reader.path, Path(out))
-        source = Teacher(model=model, head=_head(model), spec=spec)
+        source = Teacher(model=model, head=read_head(model), spec=spec)
         todo = _share(writer.missing(_parse_range(shard_range, spec.shards)))
         if todo:
             estimate = _preflight(source, reader, todo, Path(out), force)
@@ -190,78 +126,6 @@ def capture(
     if all((Path(out) / shard_name(shard)).exists() for shard in range(spec.shards)):
         return writer.finalize()
     return None
-
-
-def recompute(cache: CacheReader, teacher: str, rows: int, seed: int = 0, device: str | None = None) -> dict[str, Any]:
-    """Draw the targets of some random rows again, in their own batches, and compare them with the cache's.
-
-    Returns:
-        rows, positions, identical (rows equal bit for bit), differing (positions that differ) and drift (mean total
-        variation between stored and recomputed targets): on other hardware, logits differ in their last bits and a
-        few draws move to a neighbouring id.
-
-    Raises:
-        MismatchError: the teacher's weights are not those that made the cache.
-    """
-    check_at_least(1, rows=rows)
-    spec, device = cache.spec, models.check_device(device)
-    model = models.open_model(teacher, dtype=spec.teacher["dtype"], device=device)
-    found = models.describe(model, teacher)["weights"]
-    if found != spec.teacher["weights"]:
-        raise MismatchError(
-            f"teacher differs: the cache was captured from {spec.teacher['id']} with weights "
-            f"{spec.teacher['weights'][:12]}, {teacher} has {found[:12]}; give the same teacher"
-        )
-    source = Teacher(model=model, head=_head(model), spec=spec)
-    chosen = np.random.default_rng(seed).choice(spec.rows, size=min(rows, spec.rows), replace=False)
-    result = {"rows": 0, "positions": 0, "identical": 0, "differing": 0, "drift": 0.0}
-    with cpu_threads(spec.capture.get("threads", 1)):
-        for row in sorted(int(r) for r in chosen):
-            again = _redraw(source, cache, row)
-            _compare(cache.flat(row), again, spec, result)
-    result["drift"] /= max(result["positions"], 1)
-    return result
-
-
-@contextmanager
-def cpu_threads(count: int) -> Iterator[None]:
-    """So many threads inside torch's operators; the number before comes back."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _redraw(source: Teacher, cache: CacheReader, row: int) -> FlatTargets:
-    """The targets of one row, drawn again within the batch that it was captured in."""
-    spec = source.spec
-    batch = next(b for b in _batches(spec, row // spec.shard_rows) if row in b)
-    records = [cache[r] for r in batch]
-    ids = np.stack([r.input_ids for r in records])
-    supervised = np.stack([r.supervised for r in records])
-    drawn = source.draw(ids, supervised, batch.start)
-    return _flat_rows(drawn, supervised, spec.codec)[row - batch.start]
-
-
-def _compare(stored: FlatTargets, again: FlatTargets, spec: CacheSpec, result: dict[str, Any]) -> None:
-    """Add one row's comparison to `result`; both sides as the codec returns them."""
-    again = decode(encode(again, spec.codec), len(again.sizes), spec.codec)
-    width = spec.logit_width
-    difference = _dense(stored, width) - _dense(again, width)
-    total_variation = np.abs(difference).sum(-1) / 2
-    result["rows"] += 1
-    result["positions"] += len(stored.sizes)
-    result["identical"] += int(not total_variation.any())
-    result["differing"] += int((total_variation > 0).sum())
-    result["drift"] += float(total_variation.sum())
-
-
-def _dense(flat: FlatTargets, width: int) -> np.ndarray:
-    dense = np.zeros((len(flat.sizes), width), dtype=np.float32)
-    np.add.at(dense, (np.repeat(np.arange(len(flat.sizes)), flat.sizes), flat.ids), flat.weights)
-    return dense
 
 
 # --- the spec -------------------------------------------------------------------------------------------
@@ -278,7 +142,7 @@ def _make_spec(
     limit_rows: int | None,
 ) -> CacheSpec:
     """Everything that the cache's bytes depend on, and what later stages compare."""
-    width, parameters = models.logit_width(model), {key: draws[key] for key in _parameters(draws["name"])}
+    width, parameters = models.logit_width(model), {key: draws[key] for key in sampler_parameters(draws["name"])}
     count = min(len(reader), limit_rows or len(reader))
     weighing = {key: parameters[key] for key in ("temperature", "normalize") if key in parameters}
     rounds, choose = parameters.get("rounds"), default_codec if codec is None else partial(codec_spec, codec)
@@ -305,7 +169,7 @@ def _sampler(sampler: str | dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """A sampler's name and all of its parameters, checked."""
     settings = {"name": sampler} if isinstance(sampler, str) else dict(sampler)
     name = settings.pop("name", "random_sampling")
-    defaults = _parameters(name) if isinstance(name, str) and name in SAMPLERS else {}
+    defaults = sampler_parameters(name) if isinstance(name, str) and name in SAMPLERS else {}
     for key in settings.keys() & defaults.keys():
         kind, value = type(defaults[key]), settings[key]
         if type(value) is not kind and not (kind is float and type(value) is int):
@@ -337,12 +201,6 @@ def _gives(sampler: str, parameters: dict[str, Any]) -> tuple[str, ...]:
     return (COUNTS,) if parameters["temperature"] == 1 else (IMPORTANCE, WEIGHTS)
 
 
-def _parameters(sampler: str) -> dict[str, Any]:
-    """A sampler's parameters with their defaults, so that the manifest states every one."""
-    signature = inspect.signature(SAMPLERS[sampler]).parameters.values()
-    return {p.name: p.default for p in signature if p.kind is p.KEYWORD_ONLY}
-
-
 def _default_shard_rows(rows: int, seq_len: int, batch_size: int) -> int:
     wanted = max(1, min(SHARD_TOKENS // seq_len, -(-rows // 16)))
     return -(-wanted // batch_size) * batch_size
@@ -359,14 +217,6 @@ def _engine(device: str) -> dict[str, Any]:
         "device": "cpu" if device == "cpu" else torch.cuda.get_device_name(device),
     }
     return engine
-
-
-def _head(model: Any) -> models.Head:
-    """The model's head when body + head give its own logits, else a stand-in that takes its logits whole."""
-    with suppress(ModelError):
-        if models.rebuilt_error(model) <= 0.05:
-            return models.head_of(model)
-    return models.Head(weight_VH=None)
 
 
 # --- refusals -------------------------------------------------------------------------------------------
@@ -387,8 +237,8 @@ def _check_teacher(model: Any, teacher: str, reader: RowsReader) -> None:
 def _preflight(source: Teacher, reader: RowsReader, todo: list[int], out: Path, force: bool) -> float:
     """Bytes per token of the first rows; refuse early when that, times all that is to come, does not fit the disk."""
     spec = source.spec
-    batch = next(_batches(spec, todo[0]))
-    records = _records(source, reader, batch)
+    batch = next(shard_batches(spec, todo[0]))
+    records = draw_records(source, reader, batch)
     size = sum(len(encode_row(r.input_ids, r.targets, r.supervised, spec.codec)) for r in records)
     needed = int(size / len(batch) * sum(len(spec.shard_range(shard)) for shard in todo) * 1.02)
     free = shutil.disk_usage(out).free
@@ -416,115 +266,13 @@ def _make_shards(
     total = sum(len(spec.shard_range(shard)) for shard in todo) * spec.seq_len
     with ShardThread(writer, estimate) as background:
         for shard in todo:
-            for batch in _batches(spec, shard):
+            for batch in shard_batches(spec, shard):
                 rows = reader.batch(batch)
                 drawn = source.draw(rows.input_ids, rows.supervised, batch.start)
                 background.put(shard, batch, rows, drawn)
                 done += len(batch) * spec.seq_len
                 if progress:
                     progress(done, {"total": total, "shard": shard, "bytes_per_token": background.bytes_per_token()})
-
-
-def _records(source: Teacher, reader: RowsReader, batch: range) -> list[RowRecord]:
-    rows = reader.batch(batch)
-    drawn = source.draw(rows.input_ids, rows.supervised, batch.start)
-    return _to_records(rows, drawn, source.spec.codec)
-
-
-def _to_records(rows: Any, drawn: Drawn, codec: dict[str, Any]) -> list[RowRecord]:
-    flats = _flat_rows(drawn, rows.supervised, codec)
-    return [
-        RowRecord(input_ids=ids, targets=flat, starts=starts, supervised=supervised)
-        for ids, flat, starts, supervised in zip(rows.input_ids, flats, rows.starts, rows.supervised, strict=True)
-    ]
-
-
-def _flat_rows(drawn: Drawn, supervised_BL: np.ndarray, codec: dict[str, Any]) -> list[FlatTargets]:
-    """One FlatTargets per row from the targets of a batch's supervised positions."""
-    nothing = decode(b"", 0, codec)  # a batch may have no supervised position at all
-    whole = FlatTargets.join([nothing, *(_flat(part, codec) for part in drawn.parts)])
-    ends = supervised_BL[:, 1:].sum(-1).cumsum()
-    return [whole.take(np.arange(first, last)) for first, last in zip([0, *ends[:-1]], ends, strict=True)]
-
-
-def _flat(part: SparseTargets | ImportanceDraws, codec: dict[str, Any]) -> FlatTargets:
-    ids, rounds = part.ids.cpu().numpy(), codec.get("rounds")
-    if isinstance(part, SparseTargets):
-        return FlatTargets.from_padded(ids, _values(part.weights, rounds), rounds)
-    importance = Importance(
-        log2_p=part.log2_p.cpu().numpy(),
-        entropy=part.entropy.cpu().numpy().astype(np.float32),
-        temperature=codec["temperature"],
-        normalize=codec["normalize"],
-    )
-    return FlatTargets.from_padded(ids, part.counts.cpu().numpy(), rounds, importance)
-
-
-def _values(weights: Tensor, rounds: int | None) -> np.ndarray:
-    """Counts when the weights are counts / rounds (exact: both are small integers in float32), else the weights."""
-    array = weights.cpu().numpy()
-    return array if rounds is None else np.rint(array.astype(np.float64) * rounds).astype(np.uint32)
-
-
-class ShardThread:
-    """One thread that codes batches and writes finished shards; its failure fails the run at the next batch."""
-
-    def __init__(self, writer: CacheWriter, estimate: float) -> None:
-        self._writer, self._estimate = writer, estimate
-        self._queue: queue.Queue[Any] = queue.Queue(maxsize=QUEUE_BATCHES)
-        self._failure: BaseException | None = None
-        self._bytes = self._tokens = 0
-        self._thread = threading.Thread(target=self._run, name="sparsekd-shards", daemon=True)
-
-    def __enter__(self) -> ShardThread:
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._put(None if kind is None else "stop")
-        self._thread.join()
-        if kind is None and self._failure is not None:
-            raise self._failure
-
-    def put(self, shard: int, batch: range, rows: Any, drawn: Drawn) -> None:
-        """Hand over a batch; waits while QUEUE_BATCHES are pending."""
-        self._put((shard, batch, rows, drawn))
-
-    def bytes_per_token(self) -> float:
-        """Of the shards written so far, input ids and index included; the preflight's estimate before the first."""
-        return self._bytes / self._tokens if self._tokens else self._estimate
-
-    def _put(self, item: Any) -> None:
-        while self._thread.is_alive():
-            with suppress(queue.Full):
-                self._queue.put(item, timeout=0.2)
-                return
-        if self._failure is not None and item not in (None, "stop"):
-            raise self._failure
-
-    def _run(self) -> None:
-        try:
-            self._work()
-        except BaseException as error:
-            self._failure = error
-
-    def _work(self) -> None:
-        spec, records = self._writer.spec, []
-        while isinstance(item := self._queue.get(), tuple):
-            shard, batch, rows, drawn = item
-            records += _to_records(rows, drawn, spec.codec)
-            if batch.stop == spec.shard_range(shard).stop:
-                self._writer.write(shard, records)
-                self._tokens += len(records) * spec.seq_len
-                self._bytes += (self._writer.path / shard_name(shard)).stat().st_size
-                records = []
-
-
-def _batches(spec: CacheSpec, shard: int) -> Iterator[range]:
-    """A shard's rows in the batches they always pass the teacher in: logits' last bits depend on the batch's shape."""
-    rows, size = spec.shard_range(shard), spec.capture["batch_size"]
-    for start in range(rows.start, rows.stop, size):
-        yield range(start, min(start + size, rows.stop))
 
 
 def _share(shards: list[int]) -> list[int]:

@@ -97,7 +97,7 @@ def verify(
         _fail(f"{cache}: {len(report.problems)} problems in {report.shards} shards; run the same capture to mend them")
     print(f"{cache}: {report.shards} shards, {report.rows:,} rows, every checksum holds")
     if teacher is not None:
-        from sparsekd.capture import recompute
+        from sparsekd.recompute import recompute
         from sparsekd.vocab import quiet_transformers
 
         quiet_transformers()

@@ -13,10 +13,10 @@ from conftest import SEQ_LEN
 from sparsekd import models
 from sparsekd.adapt import adapt
 from sparsekd.cache import CacheReader
-from sparsekd.capture import recompute
 from sparsekd.cli import app
 from sparsekd.errors import MismatchError, RecipeError
 from sparsekd.evaluate import evaluate
+from sparsekd.recompute import recompute
 from sparsekd.rows import pack
 
 FAST = {"max_steps": 40, "batch_size": 8, "learning_rate": 3e-3, "device": "cpu", "progress": False}

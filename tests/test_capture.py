@@ -16,10 +16,11 @@ from conftest import SEQ_LEN, folder_bytes, write_corpus
 
 import sparsekd as skd
 from sparsekd import capture as capture_module
-from sparsekd import models
-from sparsekd.capture import capture, recompute
+from sparsekd import drawing, models
+from sparsekd.capture import capture
 from sparsekd.errors import MismatchError, ModelError, RecipeError, StorageError
 from sparsekd.packed import RowsReader
+from sparsekd.recompute import recompute
 
 SAMPLER = {"name": "random_sampling", "rounds": 20}
 
@@ -143,8 +144,8 @@ def test_recompute_is_bit_identical_and_refuses_another_teacher(world, tmp_path)
 
 def test_changing_a_drawn_target_shows_as_drift(world, monkeypatch):
     """recompute can fail: with another seed of the draws nearly all positions differ."""
-    real = capture_module.sample
-    monkeypatch.setattr(capture_module, "sample", lambda *a, **settings: real(*a, **settings | {"seed": 1}))
+    real = drawing.sample
+    monkeypatch.setattr(drawing, "sample", lambda *a, **settings: real(*a, **settings | {"seed": 1}))
     with skd.CacheReader(world.cache) as reader:
         found = recompute(reader, world.teacher, rows=3, device="cpu")
     assert found["identical"] == 0
@@ -153,7 +154,7 @@ def test_changing_a_drawn_target_shows_as_drift(world, monkeypatch):
 
 def test_batches_never_materialise_all_logits(world, monkeypatch):
     """The head is applied to `head_chunk` positions at a time, whatever the batch."""
-    monkeypatch.setitem(capture_module.HEAD_BYTES, "cpu", 4 * 300 * 5)
+    monkeypatch.setitem(drawing.HEAD_BYTES, "cpu", 4 * 300 * 5)
     seen = []
     original = models.Head.logits
     monkeypatch.setattr(models.Head, "logits", lambda self, hidden: seen.append(len(hidden)) or original(self, hidden))
@@ -161,7 +162,7 @@ def test_batches_never_materialise_all_logits(world, monkeypatch):
     model = models.open_model(world.teacher, device="cpu")
     draws = {**SAMPLER, "temperature": 1.0, "normalize": True, "seed": 0}
     spec = capture_module._make_spec(reader, model, world.teacher, draws, None, 8, 40, 8)
-    source = capture_module.Teacher(model=model, head=models.head_of(model), spec=spec)
+    source = drawing.Teacher(model=model, head=models.head_of(model), spec=spec)
     batch = reader.batch(range(8))
     seen.clear()
     source.draw(batch.input_ids, batch.supervised, 0)

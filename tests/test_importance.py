@@ -12,8 +12,9 @@ from conftest import SEQ_LEN
 import sparsekd as skd
 from sparsekd import models
 from sparsekd.cache import verify
-from sparsekd.capture import capture, recompute
+from sparsekd.capture import capture
 from sparsekd.errors import RecipeError
+from sparsekd.recompute import recompute
 from sparsekd.train import train
 
 SAMPLER = {"name": "random_sampling", "rounds": 20, "temperature": 0.5}

@@ -44,7 +44,10 @@ LAYERS: dict[str, set[str]] = {
         "rating",
     },
     "programs": {
+        "drawing",
+        "shard_thread",
         "capture",
+        "recompute",
         "misalign",
         "student",
         "training_set",
@@ -77,6 +80,9 @@ LAYERS: dict[str, set[str]] = {
 NOT_BELOW = {"storage": {"maths"}}
 # Programs meet on disk; these imports between them are meant.
 PROGRAMS_TOGETHER = {
+    "shard_thread": {"drawing"},
+    "capture": {"drawing", "shard_thread"},
+    "recompute": {"drawing"},
     "train": {"student", "training_set"},
     "adapt": {"train"},
     "report_page": {"plots"},

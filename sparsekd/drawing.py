@@ -1,0 +1,156 @@
+"""Drawing: one batch of rows passes the teacher, and its sparse targets become a cache's records.
+
+Shapes: B rows, L tokens, H hidden size, V logit width, C positions of a chunk, K kept ids.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsekd import models
+from sparsekd.cache import CacheSpec, RowRecord
+from sparsekd.codec import CODECS, IMPORTANCE, FlatTargets, Importance, decode
+from sparsekd.errors import ModelError
+from sparsekd.packed import RowsReader
+from sparsekd.samplers import SAMPLERS, ImportanceDraws, sample, sample_importance
+from sparsekd.targets import SparseTargets
+
+# The head's fp32 logits exist for this many bytes at a time; part of the manifest through head_chunk.
+HEAD_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Drawn:
+    """What one batch of rows gave: targets of its supervised positions, in order, still on the teacher's device."""
+
+    parts: list[SparseTargets | ImportanceDraws]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Teacher:
+    """A model with its head apart, and how rows pass it."""
+
+    model: Any
+    head: models.Head
+    spec: CacheSpec
+
+    @torch.no_grad()
+    def draw(self, input_ids_BL: np.ndarray, supervised_BL: np.ndarray, first_row: int) -> Drawn:
+        """Targets for every position whose next token is supervised; [B, L, V] logits never exist."""
+        device = next(self.model.parameters()).device
+        ids = torch.from_numpy(input_ids_BL.astype(np.int64)).to(device)
+        wanted = torch.from_numpy(supervised_BL[:, 1:].astype(bool)).to(device)
+        if self.head.weight_VH is None:
+            hidden = self.model(input_ids=ids, use_cache=False).logits
+        else:
+            hidden = models.body_of(self.model)(input_ids=ids, use_cache=False).last_hidden_state
+        rows, positions = wanted.nonzero(as_tuple=True)
+        hidden_NH = hidden[rows, positions]
+        chunk, sampler = self.spec.capture["head_chunk"], dict(self.spec.sampler)
+        name, seed = sampler["name"], sampler["seed"]
+        parameters = {key: sampler[key] for key in sampler_parameters(name)}
+        draw = _draw_for(self.spec.codec)
+        drawn = Drawn(parts=[])
+        for start in range(0, len(rows), chunk):
+            part = slice(start, start + chunk)
+            logits_CV = self.head.logits(hidden_NH[part])
+            keys = {"seed": seed, "rows": rows[part] + first_row, "positions": positions[part]}
+            drawn.parts.append(draw(logits_CV, name, **keys, **parameters))
+        return drawn
+
+
+def _draw_for(codec: dict[str, Any]) -> Callable[..., SparseTargets | ImportanceDraws]:
+    """What the codec holds: targets, or draws that are not weighed yet. Wide integers stay behind: K ids of every
+    position of a batch wait on the device for the codec."""
+
+    def targets(logits_CV: Tensor, name: str, **settings: Any) -> SparseTargets:
+        found = sample(logits_CV, name, **settings)
+        return SparseTargets(ids=found.ids.to(torch.int32), weights=found.weights)
+
+    def unweighed(logits_CV: Tensor, name: str, *, normalize: bool, **settings: Any) -> ImportanceDraws:
+        found = sample_importance(logits_CV, **settings)
+        ids, counts = found.ids.to(torch.int32), found.counts.to(torch.int32)
+        return replace(found, ids=ids, counts=counts, log2_p=found.log2_p.float())
+
+    return unweighed if CODECS[codec["name"]].holds == IMPORTANCE else targets
+
+
+def read_head(model: Any) -> models.Head:
+    """The model's head when body + head give its own logits, else a stand-in that takes its logits whole."""
+    with suppress(ModelError):
+        if models.rebuilt_error(model) <= 0.05:
+            return models.head_of(model)
+    return models.Head(weight_VH=None)
+
+
+def sampler_parameters(sampler: str) -> dict[str, Any]:
+    """A sampler's parameters with their defaults, so that the manifest states every one."""
+    signature = inspect.signature(SAMPLERS[sampler]).parameters.values()
+    return {p.name: p.default for p in signature if p.kind is p.KEYWORD_ONLY}
+
+
+def shard_batches(spec: CacheSpec, shard: int) -> Iterator[range]:
+    """A shard's rows in the batches they always pass the teacher in: logits' last bits depend on the batch's shape."""
+    rows, size = spec.shard_range(shard), spec.capture["batch_size"]
+    for start in range(rows.start, rows.stop, size):
+        yield range(start, min(start + size, rows.stop))
+
+
+@contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """So many threads inside torch's operators; the number before comes back."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def draw_records(source: Teacher, reader: RowsReader, batch: range) -> list[RowRecord]:
+    rows = reader.batch(batch)
+    drawn = source.draw(rows.input_ids, rows.supervised, batch.start)
+    return to_records(rows, drawn, source.spec.codec)
+
+
+def to_records(rows: Any, drawn: Drawn, codec: dict[str, Any]) -> list[RowRecord]:
+    flats = flat_rows(drawn, rows.supervised, codec)
+    return [
+        RowRecord(input_ids=ids, targets=flat, starts=starts, supervised=supervised)
+        for ids, flat, starts, supervised in zip(rows.input_ids, flats, rows.starts, rows.supervised, strict=True)
+    ]
+
+
+def flat_rows(drawn: Drawn, supervised_BL: np.ndarray, codec: dict[str, Any]) -> list[FlatTargets]:
+    """One FlatTargets per row from the targets of a batch's supervised positions."""
+    nothing = decode(b"", 0, codec)  # a batch may have no supervised position at all
+    whole = FlatTargets.join([nothing, *(_flat(part, codec) for part in drawn.parts)])
+    ends = supervised_BL[:, 1:].sum(-1).cumsum()
+    return [whole.take(np.arange(first, last)) for first, last in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def _flat(part: SparseTargets | ImportanceDraws, codec: dict[str, Any]) -> FlatTargets:
+    ids, rounds = part.ids.cpu().numpy(), codec.get("rounds")
+    if isinstance(part, SparseTargets):
+        return FlatTargets.from_padded(ids, _values(part.weights, rounds), rounds)
+    importance = Importance(
+        log2_p=part.log2_p.cpu().numpy(),
+        entropy=part.entropy.cpu().numpy().astype(np.float32),
+        temperature=codec["temperature"],
+        normalize=codec["normalize"],
+    )
+    return FlatTargets.from_padded(ids, part.counts.cpu().numpy(), rounds, importance)
+
+
+def _values(weights: Tensor, rounds: int | None) -> np.ndarray:
+    """Counts when the weights are counts / rounds (exact: both are small integers in float32), else the weights."""
+    array = weights.cpu().numpy()
+    return array if rounds is None else np.rint(array.astype(np.float64) * rounds).astype(np.uint32)

@@ -1,0 +1,75 @@
+"""Recompute: draw some rows of a cache again and see whether the same targets come out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from sparsekd import models
+from sparsekd.cache import CacheReader, CacheSpec
+from sparsekd.checks import check_at_least
+from sparsekd.codec import FlatTargets, decode, encode
+from sparsekd.drawing import Teacher, cpu_threads, flat_rows, read_head, shard_batches
+from sparsekd.errors import MismatchError
+
+
+def recompute(cache: CacheReader, teacher: str, rows: int, seed: int = 0, device: str | None = None) -> dict[str, Any]:
+    """Draw the targets of some random rows again, in their own batches, and compare them with the cache's.
+
+    Returns:
+        rows, positions, identical (rows equal bit for bit), differing (positions that differ) and drift (mean total
+        variation between stored and recomputed targets): on other hardware, logits differ in their last bits and a
+        few draws move to a neighbouring id.
+
+    Raises:
+        MismatchError: the teacher's weights are not those that made the cache.
+    """
+    check_at_least(1, rows=rows)
+    spec, device = cache.spec, models.check_device(device)
+    model = models.open_model(teacher, dtype=spec.teacher["dtype"], device=device)
+    found = models.describe(model, teacher)["weights"]
+    if found != spec.teacher["weights"]:
+        raise MismatchError(
+            f"teacher differs: the cache was captured from {spec.teacher['id']} with weights "
+            f"{spec.teacher['weights'][:12]}, {teacher} has {found[:12]}; give the same teacher"
+        )
+    source = Teacher(model=model, head=read_head(model), spec=spec)
+    chosen = np.random.default_rng(seed).choice(spec.rows, size=min(rows, spec.rows), replace=False)
+    result = {"rows": 0, "positions": 0, "identical": 0, "differing": 0, "drift": 0.0}
+    with cpu_threads(spec.capture.get("threads", 1)):
+        for row in sorted(int(r) for r in chosen):
+            again = _redraw(source, cache, row)
+            _compare(cache.flat(row), again, spec, result)
+    result["drift"] /= max(result["positions"], 1)
+    return result
+
+
+def _redraw(source: Teacher, cache: CacheReader, row: int) -> FlatTargets:
+    """The targets of one row, drawn again within the batch that it was captured in."""
+    spec = source.spec
+    batch = next(b for b in shard_batches(spec, row // spec.shard_rows) if row in b)
+    records = [cache[r] for r in batch]
+    ids = np.stack([r.input_ids for r in records])
+    supervised = np.stack([r.supervised for r in records])
+    drawn = source.draw(ids, supervised, batch.start)
+    return flat_rows(drawn, supervised, spec.codec)[row - batch.start]
+
+
+def _compare(stored: FlatTargets, again: FlatTargets, spec: CacheSpec, result: dict[str, Any]) -> None:
+    """Add one row's comparison to `result`; both sides as the codec returns them."""
+    again = decode(encode(again, spec.codec), len(again.sizes), spec.codec)
+    width = spec.logit_width
+    difference = _dense(stored, width) - _dense(again, width)
+    total_variation = np.abs(difference).sum(-1) / 2
+    result["rows"] += 1
+    result["positions"] += len(stored.sizes)
+    result["identical"] += int(not total_variation.any())
+    result["differing"] += int((total_variation > 0).sum())
+    result["drift"] += float(total_variation.sum())
+
+
+def _dense(flat: FlatTargets, width: int) -> np.ndarray:
+    dense = np.zeros((len(flat.sizes), width), dtype=np.float32)
+    np.add.at(dense, (np.repeat(np.arange(len(flat.sizes)), flat.sizes), flat.ids), flat.weights)
+    return dense
