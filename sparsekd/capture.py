@@ -1,6 +1,6 @@
 """Capture: packed rows pass the teacher once; sparse targets are drawn on its device, coded and written beside it.
 
-The paper's figure 1: rows -> body -> head in chunks -> sampler (`drawing`) -> queue -> codec -> shards (`shard_thread`).
+The figure 1 of the paper: rows -> body -> head in chunks -> sampler (`drawing`) -> codec -> shards (`shard_thread`).
 """
 
 from __future__ import annotations
