@@ -137,8 +137,8 @@ class Lab:
         """A lab folder belongs to one set of settings."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "lab.json"
-        text = json.dumps({**asdict(self.settings), "rows": self._rows, "teacher": self._teacher}, indent=1) + "\n"
-        text = json.dumps({k: v for k, v in json.loads(text).items() if k != "seeds"}, indent=1) + "\n"
+        sizes = {k: v for k, v in asdict(self.settings).items() if k != "seeds"}
+        text = json.dumps(sizes | {"own_rows": self._rows, "own_teacher": self._teacher}, indent=1) + "\n"
         if path.exists() and path.read_text() != text:
             raise MismatchError(f"{self.folder} holds a lab with other settings; name another folder or remove it")
         path.write_text(text)
@@ -198,7 +198,8 @@ class Lab:
 
         teacher = teacher or self.teacher()
         sampler = arm.sampler or {"name": "top_k", "k": 1}
-        name = hashlib.sha256(json.dumps([sampler, arm.codec, teacher], sort_keys=True).encode()).hexdigest()[:10]
+        made = json.dumps([sampler, arm.codec, self._inside(teacher)], sort_keys=True)
+        name = hashlib.sha256(made.encode()).hexdigest()[:10]
         path = self.folder / "caches" / f"{sampler['name']}-{name}"
         if not (path / "stats.json").exists():
             capture(
@@ -236,7 +237,11 @@ class Lab:
         return self._student(arm, seed, self.cache(arm))
 
     def _student(self, arm: Arm, seed: int, cache: str) -> Path:
-        return self.folder / "students" / f"{arm.key()}-{Path(cache).name[-6:]}-s{seed}"
+        return self.folder / "students" / f"{arm.key()}-{Path(cache).name.rpartition('-')[2]}-s{seed}"
+
+    def _inside(self, path: str) -> str:
+        """A path in the lab without the lab's own, so that a lab can be moved."""
+        return str(Path(path).relative_to(self.folder)) if Path(path).is_relative_to(self.folder) else path
 
     def _train(self, jobs: Sequence[tuple[str, Arm, int, str]], teacher: str | None) -> None:
         """Students side by side, one CPU thread each; on an accelerator one after another."""
