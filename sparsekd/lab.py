@@ -167,8 +167,9 @@ class Lab:
             from sparsekd.train import train
 
             s, self._teacher = self.settings, str(self.folder / "teacher")
-            if not (Path(self._teacher) / "metrics.json").exists():
-                self.say(f"  lab: training the teacher, {s.teacher_steps} steps")
+            if (Path(self._teacher) / "metrics.json").exists():
+                return self._teacher
+            self.say(f"  lab: training the teacher, {s.teacher_steps} steps")
             train(
                 out=self._teacher,
                 student=s.teacher,
