@@ -40,7 +40,11 @@ def pack(config: Recipe = None, settings: Settings = None, show: ShowSettings = 
     """Documents -> rows: tokenise, shuffle, join and cut to seq_len; train and held-out splits."""
     manifest = _run("pack", config, settings, show)
     for name, split in manifest["splits"].items():
-        print(f"{name:>8}: {split['rows']:,} rows, {split['tokens']:,} tokens, {split['documents']:,} documents")
+        print(f"{name:>8}: {split['rows']:,} rows, {split['tokens']:,} tokens, {_many(split['documents'], 'document')}")
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
 @app.command(epilog=_example("capture", "rows=rows teacher=MODEL out=cache sampler.rounds=50"))
