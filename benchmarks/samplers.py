@@ -15,7 +15,7 @@ import time
 import torch
 
 import sparsekd as skd
-from sparsekd import samplers
+from sparsekd import inversion
 
 VARIANTS = {
     "softmax": lambda x: x.softmax(-1),
@@ -34,8 +34,8 @@ def seconds(run, x) -> float:
 
 def law_gap(logits_V: torch.Tensor) -> float:
     grid = (torch.arange(2**18, dtype=torch.float64) + 0.5) / 2**18
-    mass = samplers._padded(samplers._shifted(logits_V[None]).exp_())
-    hits = torch.bincount(samplers._invert(mass, grid[None])[0], minlength=mass[0].numel()).double() / 2**18
+    mass = inversion.in_blocks(inversion.shifted_logits(logits_V[None]).exp_())
+    hits = torch.bincount(inversion.invert(mass, grid[None])[0], minlength=mass[0].numel()).double() / 2**18
     return float((hits.cumsum(0)[: len(logits_V)] - logits_V.double().softmax(-1).cumsum(0)).abs().max())
 
 

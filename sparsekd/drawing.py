@@ -76,7 +76,7 @@ def _draw_for(codec: dict[str, Any]) -> Callable[..., SparseTargets | Importance
         return SparseTargets(ids=found.ids.to(torch.int32), weights=found.weights)
 
     def unweighed(logits_CV: Tensor, name: str, *, normalize: bool, **settings: Any) -> ImportanceDraws:
-        found = sample_importance(logits_CV, **settings)
+        found = sample_importance(logits_CV, name, **settings)
         ids, counts = found.ids.to(torch.int32), found.counts.to(torch.int32)
         return replace(found, ids=ids, counts=counts, log2_p=found.log2_p.float())
 

@@ -50,3 +50,23 @@ def philox_plain(counter: tuple[int, int, int, int], seed: int) -> tuple[int, ..
         c = [(p1 >> 32) ^ c[1] ^ k0, p1 & mask, (p0 >> 32) ^ c[3] ^ k1, p0 & mask]
         k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
     return tuple(c)
+
+
+def systematic_plain(p: list[float], u: float, rounds: int) -> list[int]:
+    """How many of the points (u + j) / rounds fall into each id's interval of the cumulative distribution: a loop."""
+    counts, end = [], 0.0
+    points = [(u + j) / rounds for j in range(rounds)]
+    for mass in p:
+        start, end = end, end + mass
+        counts.append(sum(start <= point < end for point in points))
+    return counts
+
+
+def uld_plain(logits_NV: Tensor, teacher_NW: Tensor) -> Tensor:
+    """[N] Σ |sorted student probabilities - sorted teacher probabilities|, the shorter filled with zeros."""
+    width = max(logits_NV.shape[-1], teacher_NW.shape[-1])
+    ranked = [
+        F.pad(logits.softmax(-1).sort(-1, descending=True).values, (0, width - logits.shape[-1]))
+        for logits in (logits_NV, teacher_NW)
+    ]
+    return (ranked[0] - ranked[1]).abs().sum(-1)

@@ -129,7 +129,7 @@ REFUSALS = [
     (f"{CAPTURE} teacher={{home}}/none", "no model at {home}/none: the folder does not exist; give one"),
     (f"{CAPTURE} teacher={{rows}}", "as a causal language model: Unrecognized model"),
     # samplers, codecs, devices, sizes
-    (f"{CAPTURE} sampler=topk", "unknown sampler 'topk'; there are random_sampling, top_k"),
+    (f"{CAPTURE} sampler=topk", "unknown sampler 'topk'; there are random_sampling, systematic, top_k"),
     (f"{CAPTURE} sampler.rouns=3", "has no parameter 'rouns'; it has: rounds"),
     (f"{CAPTURE} sampler.rounds=0", "sampler.rounds=0 is out of range: 1 to"),
     (f"{CAPTURE} sampler.rounds=many", "sampler.rounds='many' is not a whole number; its default is 50"),

@@ -51,6 +51,26 @@ def test_both_weightings_are_read_from_one_cache(world, cache, normalize):
         assert torch.allclose(sums, torch.ones(len(sums)), atol=1e-5) == normalize
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_systematic_draws_are_those_of_the_sampler(world, tmp_path, temperature):
+    """Counts and importance draws alike: a captured row holds what `sample` draws by that name, not by another."""
+    sampler = {"name": "systematic", "rounds": 20, "temperature": temperature}
+    with skd.CacheReader(run(world, tmp_path / "c", sampler, limit_rows=16)) as reader:
+        row, spec = reader[5], reader.spec
+    assert spec.sampler["unbiased"]
+    model = models.open_model(world.teacher, device="cpu")
+    with torch.no_grad():
+        logits = model(input_ids=torch.from_numpy(row.input_ids.astype(np.int64))[None]).logits[0, :-1]
+    keys = {"rows": torch.full((SEQ_LEN - 1,), 5), "positions": torch.arange(SEQ_LEN - 1)}
+    stored, supervised = skd.SparseTargets.of(row.targets).densify(300), torch.from_numpy(row.supervised[1:])
+    close = {}
+    for name in ("systematic", "random_sampling"):
+        drawn = skd.sample(logits, name, rounds=20, temperature=temperature, normalize=False, **keys).densify(300)
+        close[name] = torch.isclose(stored, drawn, rtol=0.06, atol=1e-6).all(-1)[supervised].float().mean()
+    assert close["systematic"] > 0.95  # positions; logits of another batch shape may move a draw
+    assert close["random_sampling"] < 0.2
+
+
 def test_plain_weights_are_unbiased_and_normalised_ones_are_not(world, tmp_path):
     """One draw each, t = 0.5: over all positions the mean plain sum is 1 within 4 standard errors; normalised, the
     probability of the drawn ids themselves is missed: the weight is always 1."""

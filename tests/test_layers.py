@@ -12,7 +12,18 @@ PACKAGE = Path(__file__).parent.parent / "sparsekd"
 # A layer may import the layers before it in this list, and its own.
 LAYERS: dict[str, set[str]] = {
     "errors": {"errors"},
-    "maths": {"targets", "rng", "samplers", "losses", "residuals", "divergences", "fused", "metrics"},
+    "maths": {
+        "targets",
+        "rng",
+        "inversion",
+        "importance",
+        "samplers",
+        "losses",
+        "residuals",
+        "divergences",
+        "fused",
+        "metrics",
+    },
     "storage": {
         "checks",
         "order",
@@ -68,6 +79,7 @@ LAYERS: dict[str, set[str]] = {
         "laws",
         "toy_tasks",
         "toy_images",
+        "gradients",
         "lab",
         "tables",
         "measures",
@@ -95,7 +107,7 @@ PROGRAMS_TOGETHER = {
     "toy_images": {"reproduction", "toy_tasks"},
     "lab": {"train", "capture", "evaluate", "inspect"},  # inside its functions only
     "tables": {"lab", "reproduction", "comparison", "plots"},
-    "measures": {"lab", "tables", "reproduction", "plots", "student"},
+    "measures": {"gradients", "lab", "tables", "reproduction", "plots", "student"},
     "reproduce": {
         "plots",
         "reproduction",

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import sparsekd as skd
-from sparsekd import rng, samplers
+from sparsekd import inversion, rng, samplers
 from sparsekd.errors import ModelError, RecipeError
 
 # Every sampler with the settings its laws are checked at. A new sampler is tested by being listed here.
@@ -21,6 +21,10 @@ VARIANTS = {
     "rs50_peaked": ("random_sampling", {"rounds": 50, "temperature": 1.2, "normalize": False}),
     "rs50_normalized": ("random_sampling", {"rounds": 50, "temperature": 0.8}),
     "rs50_uniform": ("random_sampling", {"rounds": 50, "temperature": 0.0, "normalize": False}),
+    "sys1": ("systematic", {"rounds": 1}),
+    "sys25": ("systematic", {"rounds": 25}),
+    "sys25_flatter": ("systematic", {"rounds": 25, "temperature": 0.8}),
+    "sys25_normalized": ("systematic", {"rounds": 25, "temperature": 0.8, "normalize": True}),
     "top12": ("top_k", {"k": 12}),
     "top_p": ("top_p", {"p": 0.9, "k": 40}),
     "full": ("full", {}),
@@ -52,7 +56,9 @@ def groups_of(p: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("peaked", [True, False], ids=["peaked", "flat"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("vocab_size", [300, 32768, 262144])
-@pytest.mark.parametrize("variant", [name for name in UNBIASED if name not in ("full", "rs50_uniform")])
+@pytest.mark.parametrize(
+    "variant", [name for name in UNBIASED if name not in ("full", "rs50_uniform", "sys1", "sys25_flatter")]
+)
 def test_unbiased(variant, vocab_size, dtype, peaked):
     """The mean of many draws is within 5 standard errors of p, for each of 32 groups of ids (paper, A.6).
 
@@ -76,11 +82,13 @@ def test_unbiased(variant, vocab_size, dtype, peaked):
     assert ((estimates.mean(0) - truth).abs() <= 5 * error)[judged].all()
 
 
-def test_uniform_proposal_is_unbiased():
-    """q uniform (t = 0) is unbiased too, only noisy: shown on 30 ids, where 20,000 positions suffice."""
+@pytest.mark.parametrize("temperature", [0.0, 0.8, 1.3])
+@pytest.mark.parametrize("sampler", samplers.POINTS)
+def test_other_proposals_are_unbiased(sampler, temperature):
+    """q ∝ p^t with plain weights, down to the uniform one (t = 0): shown on 30 ids, where 20,000 positions suffice."""
     logits = torch.randn(30, generator=torch.Generator().manual_seed(0))
-    targets = skd.sample(logits.expand(20000, -1), "random_sampling", rounds=5, temperature=0.0, normalize=False)
-    dense = targets.densify(30).double()
+    settings = {"rounds": 5, "temperature": temperature, "normalize": False}
+    dense = skd.sample(logits.expand(20000, -1), sampler, **settings).densify(30).double()
     assert ((dense.mean(0) - logits.double().softmax(-1)).abs() <= 5 * dense.std(0) / math.sqrt(20000)).all()
 
 
@@ -128,13 +136,13 @@ def test_sum_of_weights(variant):
         reached = kept[:, -1] >= 0.9
         assert (mass[reached] >= 0.9 - 1e-6).all()
         torch.testing.assert_close(mass[~reached], kept[~reached, -1])
-    elif parameters.get("normalize", True):
+    elif (samplers.default_parameters(sampler) | parameters).get("normalize", True) or "temperature" not in parameters:
         torch.testing.assert_close(mass, torch.ones(400))
-    elif "temperature" in parameters:
+    else:
         assert abs(mass.mean() - 1) < 5 * mass.std() / 20
 
 
-@pytest.mark.parametrize("variant", [name for name in VARIANTS if name.startswith("rs")])
+@pytest.mark.parametrize("variant", [name for name, (sampler, _) in VARIANTS.items() if sampler in samplers.POINTS])
 def test_counts_are_integers_of_distinct_ids(variant):
     """At temperature 1 weights * rounds are integers that sum to rounds; ids are distinct and ascending."""
     sampler, parameters = VARIANTS[variant]
@@ -161,7 +169,7 @@ def test_a_position_depends_on_its_key_and_logits_only(variant, dtype):
     for part in (shuffled[:1], shuffled[1:20], shuffled[20:]):
         alone = skd.sample(logits[part], sampler, seed=5, rows=rows[part], positions=positions[part], **parameters)
         assert torch.equal(alone.densify(1000), whole[part])
-    if sampler == "random_sampling":
+    if sampler in samplers.POINTS:
         for change in (
             {"seed": 6},
             {"seed": 5 + 2**32},
@@ -180,12 +188,63 @@ def test_inverse_cdf_law_on_a_grid(vocab_size):
     """
     logits = 4 * torch.randn(vocab_size, generator=torch.Generator().manual_seed(0))
     grid = (torch.arange(2**18, dtype=torch.float64) + 0.5) / 2**18
-    mass = samplers._padded((logits - logits.max()).exp()[None])
-    hits = torch.bincount(samplers._invert(mass, grid[None])[0], minlength=vocab_size).double() / 2**18
+    mass = inversion.in_blocks((logits - logits.max()).exp()[None])
+    hits = torch.bincount(inversion.invert(mass, grid[None])[0], minlength=vocab_size).double() / 2**18
     # Differences of the cumulative laws at id boundaries: at most one grid step by rounding to the grid.
     gap = (hits.cumsum(0) - logits.double().softmax(-1).cumsum(0)).abs().max()
     assert gap <= 1 / 2**18 + 1e-5
     assert gap <= 2e-5
+
+
+def every_systematic(p: torch.Tensor, rounds: int, grid: int) -> torch.Tensor:
+    """[grid, V] counts of systematic draws at u = (m + 1/2) / grid: its whole law, without Monte Carlo."""
+    u = (torch.arange(grid, dtype=torch.float64) + 0.5) / grid
+    points = (u[:, None] + torch.arange(rounds)) / rounds
+    mass = inversion.in_blocks(p.float()[None]).expand(grid, -1, -1)
+    ids, counts = inversion.merge_draws(inversion.invert(mass, points))
+    return torch.zeros(grid, len(p), dtype=torch.int64).scatter_add_(1, ids, counts)
+
+
+@pytest.mark.parametrize("rounds", [1, 7, 25, 300])
+@pytest.mark.parametrize("order", [None, 1, 2])
+def test_systematic_law(rounds, order):
+    """Over all u: E[count] = N p, Var = f (1 - f) with f = frac(N p), every count is N p rounded down or up.
+
+    In any order of the ids: what the order changes is which ids come together, never an id's own law.
+    """
+    p, grid = zipf_logits(300, True).double().softmax(-1), 1024
+    if order is not None:
+        p = p[torch.randperm(300, generator=torch.Generator().manual_seed(order))]
+    counts, wanted = every_systematic(p, rounds, grid), rounds * p
+    assert (counts.sum(-1) == rounds).all()
+    near = 1e-5 * rounds  # float32 masses: an id whose N p is this close to an integer may be taken for it
+    assert (counts >= (wanted - near).floor()).all()
+    assert (counts <= (wanted + near).ceil()).all()
+    # An indicator of an interval, averaged over a grid, is off by at most one grid step at each end.
+    f = wanted.frac()
+    assert ((counts.double().mean(0) - wanted).abs() <= 2 / grid + near).all()
+    assert ((counts.double().var(0, correction=0) - f * (1 - f)).abs() <= 4 / grid + near).all()
+    if rounds > 1:  # draws with replacement do vary more, or this test could not tell the two apart
+        assert (f * (1 - f)).sum() < 0.9 * (wanted * (1 - p)).sum()
+
+
+def test_systematic_is_exact_where_every_expected_count_is_whole():
+    """N p integer for each id: no variance at all."""
+    logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log().expand(500, -1)
+    dense = skd.sample(logits, "systematic", rounds=16).densify(4)
+    assert torch.equal(dense, torch.tensor([[0.5, 0.25, 0.125, 0.125]]).expand(500, -1))
+
+
+def test_systematic_by_hand_and_by_its_twin():
+    """p = 0.5, 0.3, 0.2 with N = 5: points u/5 + 0, .2, .4, .6, .8 give 3, 1, 1 at u = 0.2 and 2, 2, 1 at u = 0.7."""
+    by_hand = {0.2: [3, 1, 1], 0.7: [2, 2, 1]}
+    for u, counts in by_hand.items():
+        assert oracles.systematic_plain([0.5, 0.3, 0.2], u, 5) == counts
+    logits = 2 * torch.randn(40, 90, generator=torch.Generator().manual_seed(0))
+    keys = rng.Keys(seed=3, rows=torch.zeros(40, dtype=torch.int64), positions=torch.arange(40))
+    drawn = (samplers.systematic(logits, keys, rounds=30).densify(90) * 30).round().long()
+    for row, u, p in zip(drawn, keys.uniforms(1)[:, 0].tolist(), logits.double().softmax(-1), strict=True):
+        assert row.tolist() == oracles.systematic_plain(p.tolist(), u, 30)
 
 
 def test_extreme_uniforms_never_leave_the_support():
@@ -193,7 +252,7 @@ def test_extreme_uniforms_never_leave_the_support():
     logits = torch.full((2, 200), -torch.inf)
     logits[:, 70:75] = torch.tensor([0.0, -3.0, 1.0, -torch.inf, -20.0])
     edge = torch.tensor([[0.0, 1 - 2.0**-53]]).expand(2, 2)
-    ids = samplers._invert(samplers._padded(samplers._shifted(logits).exp()), edge.double())
+    ids = inversion.invert(inversion.in_blocks(inversion.shifted_logits(logits).exp()), edge.double())
     assert ids[:, 0].eq(70).all()
     assert ids[:, 1].eq(74).all()
 
@@ -262,7 +321,7 @@ def test_uniforms_are_uniform_and_prefixes_agree():
 @pytest.mark.parametrize(
     ("sampler", "parameters", "words"),
     [
-        ("nucleus", {}, "unknown sampler 'nucleus'; there are random_sampling, top_k"),
+        ("nucleus", {}, "unknown sampler 'nucleus'; there are random_sampling, systematic, top_k"),
         ("top_k", {"rounds": 5}, "sampler top_k has no parameter 'rounds'; it has: k"),
         ("random_sampling", {"rounds": 0}, "sampler.rounds=0 is out of range: 1 to"),
         ("top_p", {"p": 1.5}, "sampler.p=1.5 is out of range"),
