@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 import sparsekd as skd
-from sparsekd import metrics, models, quantize
+from sparsekd import models, quantize
+from sparsekd.gradients import gradient_geometry
 from sparsekd.lab import Lab
 from sparsekd.packed import RowsReader
 from sparsekd.reproduction import Cell, Column, Finding, Reproduction, Result, Settings, Table, exact, over
@@ -38,7 +39,18 @@ def table3(folder: Path, settings: Settings) -> Result:
     """Angle and norm ratio of a student's parameter gradients against FullKD's, for one large batch (section 4.2)."""
     lab = lab_of(folder, settings)
     lab.run([FULL])
-    found = [_gradient_geometry(lab, seed) for seed in lab.settings.seeds]
+    found = [
+        gradient_geometry(
+            student=str(lab.student_folder(FULL, seed)),
+            teacher=lab.teacher(),
+            rows=lab.rows(),
+            methods=GRADIENT_METHODS,
+            seed=seed,
+            batch_rows=_BATCH_ROWS,
+            device=lab.settings.device,
+        )
+        for seed in lab.settings.seeds
+    ]
     rows = {
         name: (
             over([one[name]["ids"] for one in found]),
@@ -73,41 +85,6 @@ def table3(folder: Path, settings: Settings) -> Result:
 
 
 _BATCH_ROWS = 192
-
-
-def _gradient_geometry(lab: Lab, seed: int) -> dict[str, dict[str, float]]:
-    """Each method's gradients of the FullKD student of one seed, beside FullKD's own."""
-    student = models.open_model(str(lab.student_folder(FULL, seed)), device=lab.settings.device or "cpu")
-    teacher = models.open_model(lab.teacher(), device=lab.settings.device or "cpu")
-    parameters = list(student.parameters())
-    sums = {name: [torch.zeros_like(p) for p in parameters] for name in ("FullKD", *GRADIENT_METHODS)}
-    ids, positions = dict.fromkeys(GRADIENT_METHODS, 0.0), 0
-    reader = RowsReader(lab.rows())
-    for start in range(0, min(_BATCH_ROWS, len(reader)), 16):
-        tokens = torch.from_numpy(reader.batch(range(start, start + 16)).input_ids.astype(np.int64)).to(student.device)
-        with torch.no_grad():
-            wanted = teacher(input_ids=tokens).logits[:, :-1].flatten(0, 1)
-        logits = student(input_ids=tokens).logits[:, :-1].flatten(0, 1)
-        losses = {"FullKD": skd.full_kl(logits, wanted, reduction="sum")}
-        for name, (sampler, settings) in GRADIENT_METHODS.items():
-            keys = {"rows": torch.full((len(wanted),), start), "positions": torch.arange(len(wanted)), "seed": seed}
-            targets = skd.sample(wanted, sampler, **keys, **settings)
-            losses[name] = skd.sparse_kl(logits, targets, reduction="sum")
-            ids[name] += float((targets.weights > 0).sum())
-        for name, loss in losses.items():
-            for total, gradient in zip(
-                sums[name], torch.autograd.grad(loss, parameters, retain_graph=True), strict=True
-            ):
-                total += gradient
-        positions += len(wanted)
-    return {
-        name: {
-            "ids": ids[name] / positions,
-            "angle": metrics.gradient_angle(sums[name], sums["FullKD"]),
-            "ratio": metrics.norm_ratio(sums[name], sums["FullKD"]),
-        }
-        for name in GRADIENT_METHODS
-    }
 
 
 def plot3(result: Result) -> Any:
