@@ -45,6 +45,8 @@ LAYERS: dict[str, set[str]] = {
         "sources",
         "corpus",
         "vocab",
+        "vocab_bytes",
+        "align",
         "spool",
         "packed",
         "rows",
@@ -82,6 +84,8 @@ LAYERS: dict[str, set[str]] = {
         "gradients",
         "lab",
         "tables",
+        "teacher_tables",
+        "calibration",
         "measures",
         "reproduce_page",
         "reproduce",
@@ -108,6 +112,8 @@ PROGRAMS_TOGETHER = {
     "lab": {"train", "capture", "evaluate", "inspect"},  # inside its functions only
     "tables": {"lab", "reproduction", "comparison", "plots"},
     "measures": {"gradients", "lab", "tables", "reproduction", "plots", "student"},
+    "calibration": {"lab", "tables", "reproduction", "plots"},
+    "teacher_tables": {"lab", "tables", "reproduction", "misalign", "evaluate", "adapt", "train"},
     "reproduce": {
         "plots",
         "reproduction",
@@ -117,6 +123,8 @@ PROGRAMS_TOGETHER = {
         "toy_images",
         "laws",
         "tables",
+        "teacher_tables",
+        "calibration",
         "measures",
     },
     "demo": {"train", "capture", "evaluate", "inspect", "report"},  # inside its functions only
