@@ -191,31 +191,30 @@ class Lab:
             return f"the rows in {self._rows}"
         return f"the standard library's source text, vocabulary {self.settings.vocab_size}"
 
-    def cache(self, arm: Arm, *, teacher: str | None = None) -> str:
-        """The cache of an arm's sampler (captured when missing)."""
-        from sparsekd.cache import CacheReader
+    def cache(self, arm: Arm, *, teacher: str | None = None, rows: str | None = None) -> str:
+        """The cache of an arm's sampler (captured when missing), of the lab's first rows or of all of others."""
         from sparsekd.capture import capture
-        from sparsekd.inspect import cache_stats
 
         teacher = teacher or self.teacher()
         sampler = arm.sampler or {"name": "top_k", "k": 1}
-        made = json.dumps([sampler, arm.codec, self._inside(teacher)], sort_keys=True)
+        made = json.dumps(
+            [sampler, arm.codec, self._inside(teacher), *([self._inside(rows)] if rows else [])], sort_keys=True
+        )
         name = hashlib.sha256(made.encode()).hexdigest()[:10]
         path = self.folder / "caches" / f"{sampler['name']}-{name}"
         if not (path / "stats.json").exists():
             capture(
-                rows=self.rows(),
+                rows=rows or self.rows(),
                 teacher=teacher,
                 out=path,
                 sampler=sampler,
                 codec=arm.codec,
                 batch_size=32,
-                limit_rows=self.settings.student_rows,
+                limit_rows=None if rows else self.settings.student_rows,
                 device=self.settings.device,
                 dtype=self.settings.dtype,
             )
-            with CacheReader(path) as reader:
-                write_json(path / "stats.json", cache_stats(reader))
+            write_stats(path)
         return str(path)
 
     def run(
@@ -268,6 +267,15 @@ class Lab:
             metrics=tuple(json.loads((f / "metrics.json").read_text()) for f in folders),
             cache=json.loads(stats.read_text()) if arm.sampler and stats.exists() else None,
         )
+
+
+def write_stats(cache: Path) -> None:
+    """stats.json of a cache, which says that it is complete, and tells a table its ids per token."""
+    from sparsekd.cache import CacheReader
+    from sparsekd.inspect import cache_stats
+
+    with CacheReader(cache) as reader:
+        write_json(cache / "stats.json", cache_stats(reader))
 
 
 def _train_one(s: LabSettings, models: tuple[str, str], job: tuple[str, Arm, int, str]) -> float:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -86,6 +86,49 @@ def misalign(
             if progress:
                 progress(shard + 1, spec.shards)
     return {**counts, "manifest": writer.finalize()}
+
+
+def keep_common(caches: Mapping[str | Path, str | Path]) -> int:
+    """Copy caches of the same rows, {cache: copy}, with only the positions that all of them have targets for.
+
+    What is left out is unsupervised in each copy, so that students of different copies differ in their targets alone.
+
+    Returns:
+        the number of positions kept.
+
+    Raises:
+        MismatchError: the caches' rows differ, or they have no position in common.
+    """
+    readers = {path: CacheReader(path) for path in caches}
+    first = next(iter(readers.values()))
+    for path, reader in readers.items():
+        if reader.spec.data["fingerprint"] != first.spec.data["fingerprint"] or len(reader) != len(first):
+            raise MismatchError(
+                f"rows differ: {first.path} holds {len(first)} rows of {first.spec.data['fingerprint'][:12]}, {path} "
+                f"{len(reader)} of {reader.spec.data['fingerprint'][:12]}; give caches of the same rows"
+            )
+    masks = [np.logical_and.reduce([r.record(row).supervised for r in readers.values()]) for row in range(len(first))]
+    kept = sum(int(mask[1:].sum()) for mask in masks)
+    if not kept:
+        raise MismatchError(f"{', '.join(map(str, caches))} have no position with targets in common")
+    for path, out in caches.items():
+        _copy_masked(readers[path], Path(out), masks)
+        readers[path].close()
+    return kept
+
+
+def _copy_masked(reader: CacheReader, out: Path, masks: list[np.ndarray]) -> None:
+    spec = replace(reader.spec, data=reader.spec.data | {"supervised": "where several caches have targets"})
+    writer = CacheWriter(out, spec)
+    _copy_tokenizer(Path(reader.path), out)
+    for shard in range(spec.shards):
+        writer.write(shard, [_masked(reader.record(row), masks[row]) for row in spec.shard_range(shard)])
+    writer.finalize()
+
+
+def _masked(record: RowRecord, mask: np.ndarray) -> RowRecord:
+    kept = np.flatnonzero(mask[1:][record.supervised[1:]])
+    return replace(record, supervised=mask, targets=record.targets.take(kept))
 
 
 def _check(source: CacheReader, target: RowsReader, confirmed: bool) -> None:

@@ -1,4 +1,4 @@
-"""The paper's language-model tables, each a list of arms over one lab: fig. 3, tables 1, 2, 5, 9, 12.
+"""The paper's language-model tables, each a list of arms over one lab: tables 1, 2, 5, 9, 12.
 
 A table names its arms (ways to train a student), the paper's numbers, and the claims to be judged; training and
 keeping are the lab's. Every cell is a mean over seeds with its standard error; students of one seed are paired.
@@ -64,7 +64,7 @@ def scale_of(lab: Lab, paper: str) -> str:
 
 
 def _words(shape: Any) -> str:
-    return shape if isinstance(shape, str) else f"{shape.get('family', 'tiny')} size"
+    return f"{shape if isinstance(shape, str) else shape.get('family', 'tiny')} size"
 
 
 def run_arms(lab: Lab, arms: Sequence[Arm]) -> dict[str, Outcome]:
@@ -143,24 +143,13 @@ def language_table(
             findings=tuple(judge(outcomes, claim) for claim in claims),
             data={
                 "loss": {name: o.losses() for name, o in outcomes.items() if name in labels and not o.diverged()},
-                "reliability": {n: _bins(o) for n, o in outcomes.items() if n in labels and not o.diverged()},
             },
         )
 
     return run
 
 
-def _bins(outcome: Outcome) -> list[dict[str, Any]]:
-    """Reliability bins pooled over seeds."""
-    pooled = []
-    for bins in zip(*(e["reliability"] for e in outcome.evaluations), strict=True):
-        count = sum(b["count"] for b in bins)
-        sums = {k: sum(b["count"] * b[k] for b in bins if b["count"]) for k in ("confidence", "accuracy")}
-        pooled.append({"count": count, **{k: v / count if count else None for k, v in sums.items()}})
-    return pooled
-
-
-_10B = "300M students, a 3B teacher, 10B tokens of web text, vocabulary 100k"
+SCALE_10B = "300M students, a 3B teacher, 10B tokens of web text, vocabulary 100k"
 
 TOP_KS = (3, 5, 12, 25, 50, 100, 300)
 TABLE1_ARMS = [
@@ -213,16 +202,6 @@ TABLE5_PAPER = {
     "FullKD": (None, 2.75, None, 0.7, 62.02),
 }
 
-FIG3_ARMS = [top(12), top(50), top(50, "Ghost, Top-K 50", residual="ghost"), drawn(50)]
-FIG3_PAPER = {
-    "CE": (None, 2.81, None, 1.2, None),
-    "Top-K 12": (12, 2.87, None, 4.7, None),
-    "Top-K 50": (50, 2.80, None, 2.2, None),
-    "Ghost, Top-K 50": (50, 2.77, None, 0.4, None),
-    "Random sampling 50": (12.1, 2.75, None, 0.8, None),
-    "FullKD": (None, 2.75, None, 0.7, None),
-}
-
 GRID = [(alpha, ratio) for ratio in (1.0, 1.5, 2.0) for alpha in (0.3, 0.2, 0.1, 0.0)]
 TABLE9_PAPER_GAPS = (101, 111, 95, 98, 124, 121, 120, 111, 116, 124, 125, 112)
 
@@ -268,7 +247,7 @@ TABLE12_PAPER = {
     "FullKD": (None, 2.75, None, None, None),
 }
 
-_USES = ("seeds", "profile", "rows", "teacher")
+USES = ("seeds", "profile", "rows", "teacher")
 
 
 def plot_losses(result: Result) -> Any:
@@ -278,7 +257,7 @@ def plot_losses(result: Result) -> Any:
     losses = {name: values for name in result.ours.rows if (values := result.data["loss"].get(name))}
     with plots.canvas(860, 64 + 27 * len(losses), left=240, right=24, bottom=46) as (figure, axes):
         for row, (name, values) in enumerate(losses.items()):
-            colour = plots.PALETTE[_paint(name)]
+            colour = plots.PALETTE[paint(name)]
             axes.plot(values, [row] * len(values), "o", markersize=4, color=colour, alpha=0.4)
             axes.plot([sum(values) / len(values)], [row], "D", markersize=7, color=colour)
         axes.set_yticks(range(len(losses)), list(losses))
@@ -287,51 +266,13 @@ def plot_losses(result: Result) -> Any:
         return figure
 
 
-def _paint(name: str) -> str:
+def paint(name: str) -> str:
+    """The palette's name for a method: each kind has one colour on all figures."""
     fixed = {"CE": "ce", "FullKD": "full-kd"}
     return fixed.get(name) or ("topk" if name.startswith(("Top", "Naive", "Ghost", "Smooth")) else "rs")
 
 
-def plot_reliability(result: Result) -> Any:
-    """Reliability diagrams side by side, bins pooled over seeds: accuracy against confidence, the gap shaded."""
-    from sparsekd import plots
-
-    names = [name for name in result.ours.rows if name in result.data["reliability"]]
-    side, space, left, top_ = 128, 22, 44, 40
-    width, height = left + len(names) * (side + space), side + top_ + 46
-    with plots.canvas(width, height, left=left, right=0, bottom=46, top=top_) as (figure, whole):
-        whole.remove()
-        for index, name in enumerate(names):
-            x = left + index * (side + space)
-            axes = figure.add_axes((x / width, 46 / height, side / width, side / height))
-            colour = plots.PALETTE[_paint(name)]
-            plots.reliability_axes(axes, result.data["reliability"][name], colour)
-            axes.text(0, 1.07, name, transform=axes.transAxes, color=colour, fontweight="bold", fontsize=10)
-            ece = result.ours.rows[name][3]
-            if isinstance(ece, Cell):
-                axes.text(0.06, 0.88, f"ECE {ece.mean:.1f} %", color=plots.PALETTE["ink"], fontsize=10)
-            plots.axis_names(axes, "confidence", "" if index else "accuracy")
-        return figure
-
-
 TABLES: dict[str, Reproduction] = {
-    "fig3": Reproduction(
-        title="Calibration of language models",
-        source="figs. 3a and 3b, section 4.1",
-        claim="Top-K students are over-confident, more so with fewer ids; random sampling is calibrated like FullKD.",
-        run=language_table(
-            FIG3_ARMS,
-            FIG3_PAPER,
-            [
-                Claim(better="Random sampling 50", worse="Top-K 12", metric="ece"),
-                Claim(better="Random sampling 50", worse="Top-K 50", metric="ece"),
-                Claim(better="Top-K 50", worse="Top-K 12", metric="ece"),
-            ],
-            _10B,
-        ),
-        plot=plot_reliability,
-        uses=_USES,
-    ),
     "table1": Reproduction(
         title="Vanilla top-k distillation",
         source="table 1, section 2.1",
@@ -346,10 +287,10 @@ TABLES: dict[str, Reproduction] = {
                 Claim(better="FullKD", worse="CE"),
                 Claim(better="CE", worse="Top-K 12", metric="ece"),
             ],
-            _10B,
+            SCALE_10B,
         ),
         plot=plot_losses,
-        uses=_USES,
+        uses=USES,
     ),
     "table2": Reproduction(
         title="Fixes for the missing mass",
@@ -365,10 +306,10 @@ TABLES: dict[str, Reproduction] = {
                 Claim(better="FullKD", worse="Ghost token, Top-K 50"),
                 Claim(better="Ghost token, Top-K 50", worse="Top-K 50", metric="ece"),
             ],
-            _10B,
+            SCALE_10B,
         ),
         plot=plot_losses,
-        uses=_USES,
+        uses=USES,
     ),
     "table5": Reproduction(
         title="Random sampling against its number of ids",
@@ -382,10 +323,10 @@ TABLES: dict[str, Reproduction] = {
                 Claim(better="Random sampling 50", worse="Random sampling 3"),
                 Claim(better="FullKD", worse="Random sampling 50"),
             ],
-            _10B,
+            SCALE_10B,
         ),
         plot=plot_losses,
-        uses=_USES,
+        uses=USES,
     ),
     "table9": Reproduction(
         title="Cross-entropy weight and easy / hard tokens",
@@ -402,7 +343,7 @@ TABLES: dict[str, Reproduction] = {
             "300M students, an 8B teacher, 10B tokens",
         ),
         plot=plot_losses,
-        uses=_USES,
+        uses=USES,
     ),
     "table12": Reproduction(
         title="Divergences",
@@ -415,6 +356,6 @@ TABLES: dict[str, Reproduction] = {
             "300M students, an 8B teacher, 10B tokens",
         ),
         plot=plot_losses,
-        uses=_USES,
+        uses=USES,
     ),
 }

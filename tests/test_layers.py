@@ -18,6 +18,7 @@ LAYERS: dict[str, set[str]] = {
         "inversion",
         "importance",
         "samplers",
+        "variance",
         "losses",
         "residuals",
         "divergences",
