@@ -23,6 +23,8 @@ LAYERS: dict[str, set[str]] = {
         "residuals",
         "divergences",
         "fused",
+        "sketch",
+        "uld",
         "metrics",
     },
     "storage": {
