@@ -76,7 +76,7 @@ def pair_by_index(student: Tokenized, teacher: Tokenized, *, skip_student_eos: b
 def pair_by_bytes(student: Tokenized, teacher: Tokenized, *, skip_student_eos: bool = False) -> Pairs:
     """The positions where both models have read the same bytes: their next tokens begin at one byte of the text."""
     if student.starts is None or teacher.starts is None:
-        raise ValueError("align='bytes' needs starts and teacher_starts: the byte of the text where each token begins")
+        raise ValueError("align='bytes' needs the starts of both: the byte of the text where each token begins")
     mine_starts, other_starts = student.starts, teacher.starts
 
     def pair(row: int) -> tuple[Tensor, Tensor]:
@@ -119,10 +119,8 @@ def uld(
     logits: Tensor,
     teacher: Tensor | SortedCurve | SparseTargets,
     *,
-    labels: Tensor,
-    teacher_labels: Tensor,
-    starts: Tensor | None = None,
-    teacher_starts: Tensor | None = None,
+    tokens: Tokenized,
+    teacher_tokens: Tokenized,
     align: str = "index",
     skip_student_eos: bool | None = None,
     uld_weight: float = 1.5,
@@ -141,8 +139,7 @@ def uld(
     Args:
         logits: [B, L, V] the student's.
         teacher: its logits [B, M, W], or its curve [B, M, C] (`sketch.sorted_curve`).
-        labels, teacher_labels: [B, L] and [B, M] ids, -100 where a token is not learnt; not shifted.
-        starts, teacher_starts: [B, L] and [B, M], for align="bytes": the byte where each token begins, -1 for none.
+        tokens, teacher_tokens: labels [B, L] and [B, M], for align="bytes" also where tokens begin in the text.
         align: "index" as published, "bytes" where both have read the same text; a name of `PAIRINGS`.
         skip_student_eos: leave the student's last position out; default: as published for "index", not for "bytes".
         allow_biased: take sparse targets all the same. Sorted draws are steeper than what they were drawn from: ULD
@@ -156,14 +153,12 @@ def uld(
     """
     if align not in PAIRINGS:
         raise ValueError(f"align={align!r} is not one of {', '.join(PAIRINGS)}")
-    _check_shapes(logits, teacher, labels, teacher_labels)
-    student_tokens = Tokenized(labels=labels.to(logits.device), starts=starts)
-    teacher_tokens = Tokenized(labels=teacher_labels.to(logits.device), starts=teacher_starts)
+    _check_shapes(logits, teacher, tokens.labels, teacher_tokens.labels)
     rule = {} if skip_student_eos is None else {"skip_student_eos": skip_student_eos}
-    pairs = PAIRINGS[align](student_tokens, teacher_tokens, **rule)
+    pairs = PAIRINGS[align](tokens, teacher_tokens, **rule)
     distances = paired_distances(logits, teacher, pairs, allow_biased=allow_biased)
-    loss = uld_weight * _mean_of_rows(distances, pairs.rows, len(logits), num_items_in_batch)
-    return loss + ce_weight * next_token_loss(logits, student_tokens.labels, num_items_in_batch) if ce_weight else loss
+    loss = uld_weight * _mean_of_rows(distances, pairs.rows.to(logits.device), len(logits), num_items_in_batch)
+    return loss + ce_weight * next_token_loss(logits, tokens.labels, num_items_in_batch) if ce_weight else loss
 
 
 def paired_distances(
@@ -171,7 +166,7 @@ def paired_distances(
 ) -> Tensor:
     """[N] the ULD of each pair, from 0 to 2."""
     curve = as_curve(_at(teacher, pairs), allow_biased=allow_biased).to(logits.device)
-    return sorted_distance(logits[pairs.rows, pairs.student], curve)
+    return sorted_distance(logits[pairs.rows.to(logits.device), pairs.student.to(logits.device)], curve)
 
 
 def sorted_distance(logits_NV: Tensor, curve: SortedCurve) -> Tensor:

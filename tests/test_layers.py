@@ -25,6 +25,7 @@ LAYERS: dict[str, set[str]] = {
         "fused",
         "sketch",
         "uld",
+        "alm",
         "metrics",
     },
     "storage": {
@@ -65,6 +66,7 @@ LAYERS: dict[str, set[str]] = {
         "capture",
         "recompute",
         "misalign",
+        "merge",
         "student",
         "training_set",
         "train",

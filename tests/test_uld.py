@@ -163,7 +163,7 @@ def batch():
     teacher = torch.stack([logits_of(t, u, t, u), logits_of(u, t, u, t)])
     labels = torch.tensor([[X, X, 1, 0, 2], [X, 0, 1, X, X]])
     teacher_labels = torch.tensor([[X, 3, 2, 1], [X, X, 2, 1]])
-    return student, teacher, {"labels": labels, "teacher_labels": teacher_labels}
+    return student, teacher, {"tokens": Tokenized(labels=labels), "teacher_tokens": Tokenized(labels=teacher_labels)}
 
 
 def test_value_of_the_whole_loss_by_hand():
@@ -200,16 +200,15 @@ def test_gradient_of_the_whole_loss_against_finite_differences():
     assert torch.autograd.gradcheck(lambda z: uld(z, teacher, **labels), student.requires_grad_())
 
 
+def rows(tokens, row):
+    return {name: Tokenized(labels=each.labels[row : row + 1]) for name, each in tokens.items()}
+
+
 def test_accumulation_changes_nothing():
     """With num_items_in_batch, the rows one by one add up to the whole batch."""
     student, teacher, labels = batch()
     whole = uld(student, teacher, **labels, num_items_in_batch=5)
-    parts = sum(
-        uld(
-            student[i : i + 1], teacher[i : i + 1], **{k: v[i : i + 1] for k, v in labels.items()}, num_items_in_batch=5
-        )
-        for i in (0, 1)
-    )
+    parts = sum(uld(student[i : i + 1], teacher[i : i + 1], **rows(labels, i), num_items_in_batch=5) for i in (0, 1))
     torch.testing.assert_close(whole, parts)
 
 
@@ -217,7 +216,9 @@ def test_a_row_without_pairs_counts_nothing():
     """No label at all: the loss is 0 and no NaN, and so is its gradient."""
     student, teacher, labels = batch()
     leaf = student.clone().requires_grad_()
-    loss = uld(leaf, teacher, **{name: torch.full_like(each, X) for name, each in labels.items()})
+    loss = uld(
+        leaf, teacher, **{name: Tokenized(labels=torch.full_like(each.labels, X)) for name, each in labels.items()}
+    )
     loss.backward()
     assert loss.item() == 0
     assert (leaf.grad == 0).all()
@@ -241,9 +242,9 @@ def test_sparse_targets_are_refused_with_the_reason():
     ("change", "words"),
     [
         ({"align": "words"}, "align='words' is not one of index, bytes"),
-        ({"align": "bytes"}, "needs starts and teacher_starts"),
-        ({"labels": torch.zeros(2, 3, dtype=torch.long)}, r"student's labels \(2, 3\) and positions \(2, 5, 3\)"),
-        ({"teacher_labels": torch.zeros(2, 9, dtype=torch.long)}, r"teacher's labels \(2, 9\)"),
+        ({"align": "bytes"}, "needs the starts of both"),
+        ({"tokens": tokenized([X, 1, 2], [X, 1, 2])}, r"student's labels \(2, 3\) and positions \(2, 5, 3\)"),
+        ({"teacher_tokens": tokenized([X, 1], [X, 1])}, r"teacher's labels \(2, 2\)"),
     ],
 )
 def test_misuse_names_the_values(change, words):
