@@ -7,6 +7,7 @@ The same keys in YAML and on the command line. A user's error is one sentence an
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -115,6 +116,20 @@ def verify(
                 f"{found['differing'] / found['positions']:.2%} of positions differ, mean total variation "
                 f"{found['drift']:.2e} (other hardware or software moves the last bits of logits)"
             )
+
+
+@app.command(epilog=_example("merge", "CACHE CACHE out=cache"))
+def merge(config: Recipe = None, settings: Settings = None, show: ShowSettings = False) -> None:
+    """Caches of the same rows with different seeds -> one cache of all their draws, without loss."""
+    caches = [word for word in settings or [] if "=" not in word]
+    words = [word for word in settings or [] if "=" in word] + ([f"caches={json.dumps(caches)}"] if caches else [])
+    with _bar("shard") as progress:
+        manifest = _run("merge", config, words, show, progress=progress)
+    sampler, stats = manifest["spec"]["sampler"], manifest["stats"]
+    print(
+        f"{' + '.join(map(str, sampler['parts']))} = {sampler['rounds']} rounds, "
+        f"{stats['pairs'] / max(stats['positions'], 1):.1f} ids per token"
+    )
 
 
 @app.command(epilog=_example("misalign", "cache=cache rows=other out=misaligned i_know_this_is_misaligned=true"))

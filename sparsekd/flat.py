@@ -59,6 +59,8 @@ class FlatTargets:
         sizes: [P] int64.
         rounds: N of random sampling; the counts of every position sum to it.
         importance: where draws were not from p itself, what weighs their counts.
+        curve: [P, C] float32, the teacher's sorted probabilities in runs (see `sketch`); then each position has one
+            entry, the token that came next and its probability.
     """
 
     ids: Array
@@ -66,11 +68,14 @@ class FlatTargets:
     sizes: Array
     rounds: int | None = None
     importance: Importance | None = None
+    curve: Array | None = None
 
     def __post_init__(self) -> None:
         total = int(self.sizes.sum())
         if not len(self.ids) == len(self.values) == total:
             raise ValueError(f"{len(self.ids)} ids and {len(self.values)} values, but the sizes sum to {total}")
+        if self.curve is not None and not (len(self.curve) == len(self.sizes) == int((self.sizes == 1).sum())):
+            raise ValueError(f"{len(self.curve)} curves, but {int((self.sizes == 1).sum())} positions have one entry")
         if self.importance is None:
             return
         lengths = len(self.importance.log2_p), len(self.importance.entropy)
@@ -124,7 +129,10 @@ class FlatTargets:
         weighing = self.importance
         if weighing is not None:
             weighing = replace(weighing, log2_p=weighing.log2_p[entries], entropy=weighing.entropy[chosen])
-        return replace(self, ids=self.ids[entries], values=self.values[entries], sizes=sizes, importance=weighing)
+        curve = None if self.curve is None else self.curve[chosen]
+        return replace(
+            self, ids=self.ids[entries], values=self.values[entries], sizes=sizes, importance=weighing, curve=curve
+        )
 
     @classmethod
     def join(cls, parts: Sequence[FlatTargets]) -> FlatTargets:
@@ -143,6 +151,7 @@ class FlatTargets:
             values=np.concatenate([part.values for part in parts]),
             sizes=np.concatenate([part.sizes for part in parts]),
             importance=weighing,
+            curve=_joined([part.curve for part in parts if part.curve is not None]),
         )
 
     def padded(self) -> tuple[Array, Array]:
@@ -165,6 +174,24 @@ class FlatTargets:
         return ids, weights
 
 
+def add_counts(parts: Sequence[FlatTargets]) -> FlatTargets:
+    """Counts of the same positions, id by id; the rounds add up. ids ascend within each position.
+
+    Equals `sum(densified counts)`, position by position.
+    """
+    sizes = parts[0].sizes
+    keys = np.concatenate([part.positions << 32 | part.ids for part in parts])
+    distinct, slot = np.unique(keys, return_inverse=True)
+    counts = np.zeros(len(distinct), np.uint32)
+    np.add.at(counts, slot, np.concatenate([part.values for part in parts]))
+    return FlatTargets(
+        ids=(distinct & 0xFFFFFFFF).astype(np.uint32),
+        values=counts,
+        sizes=np.bincount(distinct >> 32, minlength=len(sizes)),
+        rounds=sum(part.rounds or 0 for part in parts),
+    )
+
+
 def _importance_weights(flat: FlatTargets, importance: Importance) -> Array:
     """[M] float32, in float64 up to the last step."""
     assert flat.rounds is not None
@@ -178,6 +205,10 @@ def _importance_weights(flat: FlatTargets, importance: Importance) -> Array:
     else:
         logs += np.repeat(power * importance.entropy.astype(np.float64), flat.sizes) - np.log2(flat.rounds)
     return np.exp2(logs.clip(-149, 127.99)).clip(_SMALLEST).astype(np.float32)
+
+
+def _joined(curves: list[Array]) -> Array | None:
+    return np.concatenate(curves) if curves else None
 
 
 def _largest(values: Array, sizes: Array) -> Array:

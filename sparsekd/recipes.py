@@ -24,6 +24,7 @@ from sparsekd.errors import RecipeError
 STAGES = {
     "pack": ("sparsekd.rows", "pack"),
     "capture": ("sparsekd.capture", "capture"),
+    "merge": ("sparsekd.merge", "merge"),
     "misalign": ("sparsekd.misalign", "misalign"),
     "adapt": ("sparsekd.adapt", "adapt"),
     "train": ("sparsekd.train", "train"),

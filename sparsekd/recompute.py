@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from sparsekd.checks import check_at_least
 from sparsekd.codec import FlatTargets, decode, encode
 from sparsekd.drawing import Teacher, cpu_threads, flat_rows, read_head, shard_batches
 from sparsekd.errors import MismatchError
+from sparsekd.flat import add_counts
 
 
 def recompute(cache: CacheReader, teacher: str, rows: int, seed: int = 0, device: str | None = None) -> dict[str, Any]:
@@ -52,8 +54,22 @@ def _redraw(source: Teacher, cache: CacheReader, row: int) -> FlatTargets:
     records = [cache[r] for r in batch]
     ids = np.stack([r.input_ids for r in records])
     supervised = np.stack([r.supervised for r in records])
-    drawn = source.draw(ids, supervised, batch.start)
-    return flat_rows(drawn, supervised, spec.codec)[row - batch.start]
+    parts = []
+    for part in _part_specs(spec):
+        drawn = replace(source, spec=part).draw(ids, supervised, batch.start)
+        parts.append(flat_rows(drawn, supervised, part.codec)[row - batch.start])
+    return parts[0] if len(parts) == 1 else add_counts(parts)
+
+
+def _part_specs(spec: CacheSpec) -> list[CacheSpec]:
+    """The captures that a merged cache was made of, or the one capture that the cache is."""
+    sampler = {key: value for key, value in spec.sampler.items() if key != "parts"}
+    if sampler == spec.sampler:
+        return [spec]
+    return [
+        replace(spec, sampler=sampler | {"seed": seed, "rounds": rounds}, codec=spec.codec | {"rounds": rounds})
+        for seed, rounds in zip(spec.sampler["seed"], spec.sampler["parts"], strict=True)
+    ]
 
 
 def _compare(stored: FlatTargets, again: FlatTargets, spec: CacheSpec, result: dict[str, Any]) -> None:

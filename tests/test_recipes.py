@@ -16,6 +16,7 @@ REQUIRED = {
     "pack": {"source": "a.jsonl", "tokenizer": "train", "seq_len": 32, "out": "rows"},
     "capture": {"rows": "rows", "teacher": "t", "out": "cache"},
     "adapt": {"out": "a", "teacher": "t", "rows": "rows"},
+    "merge": {"caches": ["a", "b"], "out": "m"},
     "misalign": {"cache": "cache", "rows": "rows", "out": "m"},
     "train": {"out": "s", "student": "tiny"},
     "evaluate": {"model": "m", "rows": "rows"},
