@@ -98,9 +98,14 @@ def unique_ids(
     split: str = "heldout",
     rounds: tuple[int, ...] = (1, 2, 5, 10, 20, 50, 100, 200, 500),
     limit_rows: int = 16,
+    seed: int = 0,
     device: str | None = None,
 ) -> dict[str, Any]:
     """Mean number of distinct ids against rounds of random sampling, and the power law through it (paper, figure 5).
+
+    Args:
+        limit_rows: how many rows are looked at.
+        seed: of the draws, and of the rows: seed s takes the s-th `limit_rows` rows, round and round.
 
     Returns:
         rounds, unique (mean distinct ids for each), positions, and power_law: unique ≈ prefactor * rounds^exponent,
@@ -113,17 +118,18 @@ def unique_ids(
         raise RecipeError(f"rounds={rounds}: a curve needs two different numbers of rounds, each at least 1")
     reader = _open_rows(rows, split, limit_rows=limit_rows)
     model = _open(teacher, reader, "float32", device, "teacher")
-    batch = reader.batch(range(min(limit_rows, len(reader))))
+    count = min(limit_rows, len(reader))
+    batch = reader.batch((seed * count + np.arange(count)) % len(reader))
     sums, positions = np.zeros(len(rounds)), 0
     for logits_CV, _, _, rows_C in _chunks(model, None, batch):
         # Each position draws by itself: the keys count positions on from chunk to chunk.
         keys = torch.arange(positions, positions + len(logits_CV), device=logits_CV.device)
-        for index, count in enumerate(rounds):
-            drawn = sample(logits_CV, "random_sampling", rounds=count, rows=rows_C, positions=keys)
+        for index, draws in enumerate(rounds):
+            drawn = sample(logits_CV, "random_sampling", rounds=draws, seed=seed, rows=rows_C, positions=keys)
             sums[index] += float((drawn.weights > 0).sum())
         positions += len(logits_CV)
     if not positions:
-        raise SourceError(f"the first {limit_rows} rows of {rows} have no supervised token; raise limit_rows")
+        raise SourceError(f"the {count} rows of {rows} looked at have no supervised token; raise limit_rows")
     mean = sums / positions
     exponent, offset = np.polyfit(np.log(rounds), np.log(mean), 1)
     fit = {"exponent": float(exponent), "prefactor": float(np.exp(offset))}

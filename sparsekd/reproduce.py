@@ -24,7 +24,8 @@ from sparsekd.tables import TABLES
 from sparsekd.teacher_tables import TEACHER_TABLES
 from sparsekd.toy_images import FIG_2C
 from sparsekd.toy_tasks import FIG_2B
-from sparsekd.toys import FIG_2A, FIG_5
+from sparsekd.toys import FIG_2A
+from sparsekd.unique_tokens import FIG_5
 
 # In the order of the paper, which is that of the page.
 REPRODUCTIONS: dict[str, Reproduction] = {

@@ -121,7 +121,8 @@ def terminal_text(name: str, reproduction: Reproduction, result: Result) -> str:
     """The table, the paper's numbers in brackets, then the findings; long words of a cell are cut."""
     columns, rows = beside(result)
     cells = [[row, *(_both(o, p, c) for (o, p), c in zip(pairs, columns, strict=True))] for row, pairs in rows]
-    widths = [max([len(line[i]) for line in cells] + [9 * (i > 0)]) for i in range(len(columns) + 1)]
+    heads = [0, *(max(9, *map(len, f"{c.name} {c.unit}".split())) for c in columns)]
+    widths = [max(len(line[i]) for line in [*cells, [" " * w for w in heads]]) for i in range(len(columns) + 1)]
     words = {0, *(i for _, pairs in rows for i, (ours, _) in enumerate(pairs, 1) if isinstance(ours, str))}
     lines = [*_head(columns, widths), *cells]
     text = ["  ".join(_fit(w, widths[i], left=i in words) for i, w in enumerate(line)).rstrip() for line in lines]

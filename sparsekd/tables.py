@@ -59,7 +59,7 @@ def scale_of(lab: Lab, paper: str) -> str:
     tokens = s.student_steps * s.batch_size * s.seq_len
     return (
         f"The paper: {paper}. Here: a student of {_words(s.student)} under a teacher of {_words(s.teacher)}, "
-        f"{tokens / 1e6:.1f}M tokens of {lab.text()}, {len(s.seeds)} seeds."
+        f"{tokens / 1e6:.1f}M tokens of {lab.text()}, {len(s.seeds)} seed{'s' * (len(s.seeds) != 1)}."
     )
 
 
@@ -117,7 +117,12 @@ def judge(outcomes: Outcomes, claim: Claim) -> Finding:
     sure = "beyond" if abs(found.mean) > half else "within"
     text = (
         f"{claim.better} against {claim.worse}: {abs(found.mean):.3f} {unit} "
-        f"{'lower' if found.mean > 0 else 'higher'}, {sure} the 95 % interval over seeds (± {half:.3f})."
+        f"{'lower' if found.mean > 0 else 'higher'}, "
+        + (
+            f"{sure} the 95 % interval over seeds (± {half:.3f})."
+            if len(differences) > 1
+            else "from one seed, which decides nothing."
+        )
     )
     return Finding(text=text, holds=None if sure == "within" else found.mean > 0)
 

@@ -52,7 +52,8 @@ def table13(folder: Path, settings: Settings) -> Result:
 def _as_online(outcomes: Mapping[str, Outcome]) -> Finding:
     """The paper's "the offline run was within random error of the online run"."""
     found = judge(outcomes, Claim(better="FullKD", worse=ALIGNED))
-    return Finding(text=f"Offline against online: {found.text}", holds=found.holds is not True)
+    sure = len(outcomes[ALIGNED].losses()) > 1  # one seed has no random error to be within
+    return Finding(text=f"Offline against online: {found.text}", holds=found.holds is not True if sure else None)
 
 
 def packings(lab: Lab) -> tuple[dict[str, str], int]:

@@ -1,4 +1,4 @@
-"""The paper's claims that need no training: figure 2a and figure 5 (2b, 2c are in `toy_tasks`, app. A in `laws`).
+"""Figure 2a: what each method hands the student, without training (2b, 2c are in `toy_tasks`, app. A in `laws`).
 
 Shapes: V ids of a vocabulary, R rounds of averaging, S seeds.
 """
@@ -6,7 +6,6 @@ Shapes: V ids of a vocabulary, R rounds of averaging, S seeds.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 import sparsekd as skd
 from sparsekd import plots
-from sparsekd.reproduction import Cell, Column, Finding, Reproduction, Result, Settings, Table, exact, over, shown
+from sparsekd.reproduction import Cell, Column, Finding, Reproduction, Result, Settings, Table, over, shown
 from sparsekd.targets import SparseTargets
 
 # -- figure 2a: what each method hands the student, on a Zipf distribution; sizes as in app. K
@@ -200,119 +199,6 @@ def _curves_2a(axes: Any, curves: dict[str, list[float]]) -> None:
     axes.set(xlim=(0, SHOWN + 0.5))
 
 
-# -- figure 5: unique ids against rounds
-
-ROUNDS_5 = (1, 2, 5, 10, 20, 50, 100, 200, 500)
-# A Zipf law with this exponent has the entropy of a 3B model's next token on web text: its loss is 2.75 nats in the
-# paper's tables, and a calibrated model's entropy equals its loss.
-_LM_ENTROPY, _LM_VOCAB = 2.75, 128_256
-_PAPER_5 = (50, 12)  # rounds, unique ids: appendix D.1 and section 4.2
-
-
-def fig5(folder: Path, settings: Settings) -> Result:
-    """Mean unique ids for 1 .. 500 rounds and the power law through them, of a real teacher or of a Zipf law."""
-    measured = _of_teacher(settings) if settings.teacher else _of_zipf(settings)
-    rounds, unique = measured["rounds"], measured["unique"]
-    exponent, prefactor, r2 = power_law(rounds, unique)
-    bends = [power_law(rounds[i : i + 3], unique[i : i + 3])[0] for i in (0, len(rounds) - 3)]
-    enough = (r for r in range(1, max(rounds) + 1) if _between(r, rounds, unique) >= _PAPER_5[1])
-    budget = next(enough, f"more than {max(rounds)}")
-    columns = (Column(name="Unique ids", form=".2f"), Column(name="Power law", unit="at these rounds", form=".2f"))
-    rows = {
-        _rounds(r): (Cell(mean=u, standard_error=e), Cell(mean=prefactor * r**exponent))
-        for r, u, e in zip(rounds, unique, measured["errors"], strict=True)
-    }
-    return Result(
-        ours=Table(columns=columns, rows=rows),
-        paper=Table(columns=columns[:1], rows={_rounds(_PAPER_5[0]): exact(_PAPER_5[1])}),
-        scale=f"Here {measured['what']}; the paper plots its teacher on its pre-training data and prints one point.",
-        findings=(
-            Finding(
-                text=f"On log-log axes the points lie close to the line {prefactor:.2f} rounds^{exponent:.2f} "
-                f"(R² = {r2:.4f}).",
-                holds=r2 > 0.98,
-            ),
-            Finding(
-                text=f"Almost a power law, not quite: the slope is {bends[0]:.2f} over the first three points and "
-                f"{bends[1]:.2f} over the last three."
-            ),
-            Finding(
-                text=f"{_PAPER_5[1]} unique ids, the paper's budget, need {budget} rounds here; the paper takes "
-                f"{_PAPER_5[0]}. The number depends on how sharp the teacher is."
-            ),
-        ),
-        data={"rounds": rounds, "unique": unique, "power_law": {"exponent": exponent, "prefactor": prefactor}},
-    )
-
-
-def _rounds(count: int) -> str:
-    return f"{count} round{'s' * (count != 1)}"
-
-
-def power_law(rounds: Sequence[float], unique: Sequence[float]) -> tuple[float, float, float]:
-    """(exponent, prefactor, R²) of the least-squares line through the logarithms."""
-    x, y = (torch.tensor(v, dtype=torch.float64).log() for v in (rounds, unique))
-    slope = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
-    offset = y.mean() - slope * x.mean()
-    rest = (y - offset - slope * x).square().sum() / (y - y.mean()).square().sum()
-    return float(slope), float(offset.exp()), float(1 - rest)
-
-
-def _between(at: float, rounds: Sequence[float], unique: Sequence[float]) -> float:
-    """Unique ids at a number of rounds, interpolated on the log-log axes."""
-    x, y = (torch.tensor(v, dtype=torch.float64).log() for v in (rounds, unique))
-    right = int(torch.searchsorted(x, math.log(at)).clamp(1, len(x) - 1))
-    share = (math.log(at) - x[right - 1]) / (x[right] - x[right - 1])
-    return float((y[right - 1] + share * (y[right] - y[right - 1])).exp())
-
-
-def _of_teacher(settings: Settings) -> dict[str, Any]:
-    from sparsekd.evaluate import unique_ids
-
-    assert settings.teacher is not None
-    assert settings.rows is not None
-    found = unique_ids(teacher=settings.teacher, rows=settings.rows, rounds=ROUNDS_5)
-    what = f"{settings.teacher} on {found['positions']:,} positions of {settings.rows}"
-    return {"rounds": found["rounds"], "unique": found["unique"], "errors": [None] * len(ROUNDS_5), "what": what}
-
-
-def _of_zipf(settings: Settings) -> dict[str, Any]:
-    exponent = _exponent_of(_LM_ENTROPY, _LM_VOCAB)
-    logits_NV = zipf(_LM_VOCAB, exponent).log().float().expand(200, -1)
-    runs = [
-        [float((skd.sample(logits_NV, "random_sampling", rounds=r, seed=s).weights > 0).sum()) / 200 for r in ROUNDS_5]
-        for s in range(settings.seeds)
-    ]
-    cells = [over(values) for values in zip(*runs, strict=True)]
-    return {
-        "rounds": list(ROUNDS_5),
-        "unique": [c.mean for c in cells if c],
-        "errors": [c.standard_error for c in cells if c],
-        "what": f"no teacher was given, so a Zipf law with exponent {exponent:.2f} stands in: {_LM_VOCAB:,} ids and "
-        f"{_LM_ENTROPY} nats of entropy like a 3B model's next token",
-    }
-
-
-def _exponent_of(entropy: float, vocab_size: int) -> float:
-    """The Zipf exponent with that entropy in nats, by bisection: entropy falls as the exponent grows."""
-    low, high = 1.0, 4.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        p = zipf(vocab_size, middle)
-        low, high = (middle, high) if float(-(p * p.log()).sum()) > entropy else (low, middle)
-    return (low + high) / 2
-
-
-def plot_5(result: Result) -> Any:
-    """Unique ids against rounds on log axes, with the fitted line and the limit of one id per round."""
-    with plots.canvas(560, 360, left=50, right=20, bottom=44) as (figure, axes):
-        plots.unique_ids_axes(axes, result.data)
-        axes.plot(*_PAPER_5, marker="o", markersize=9, color="none", markeredgecolor=plots.PALETTE["ink"])
-        words = f"paper: {_PAPER_5[1]} ids at {_PAPER_5[0]} rounds"
-        axes.annotate(words, _PAPER_5, (10, -14), textcoords="offset points", color=plots.PALETTE["ink"])
-    return figure
-
-
 FIG_2A = Reproduction(
     title="What each method hands the student, on a Zipf distribution",
     source="fig. 2a, app. B, app. K",
@@ -320,13 +206,4 @@ FIG_2A = Reproduction(
     "biased; random sampling has the truth as its mean.",
     run=fig2a,
     plot=plot_2a,
-)
-
-FIG_5 = Reproduction(
-    title="Unique ids against rounds of sampling",
-    source="fig. 5, app. C",
-    claim="The number of unique tokens follows the number of sampling rounds in an approximate power law.",
-    run=fig5,
-    plot=plot_5,
-    uses=("seeds", "teacher", "rows"),
 )

@@ -277,6 +277,23 @@ def test_distinct_ids_have_their_known_mean(world, monkeypatch):
     assert ((found - want).abs() < 5 * error).all()
 
 
+def test_a_seed_takes_other_rows_and_other_draws(world):
+    """Seed s reads the s-th rows, round and round: two seeds of all rows differ by their draws alone."""
+    rows = len(RowsReader(world.rows, "heldout"))
+    one, two, three = (_unique(world, seed, 4) for seed in (0, 1, 2))
+    assert len({json.dumps(each) for each in (one, two, three)}) == 3
+    heldout = RowsReader(world.rows, "heldout")
+    assert two["positions"] == sum(int(heldout[i % rows].supervised[1:].sum()) for i in range(4, 8))
+    whole, again = _unique(world, 0, rows), _unique(world, 1, rows)
+    assert whole["positions"] == again["positions"]
+    assert whole["unique"] != again["unique"]
+    assert whole["unique"] == pytest.approx(again["unique"], rel=0.1)
+
+
+def _unique(world, seed, limit):
+    return unique_ids(teacher=world.teacher, rows=world.rows, rounds=(2, 10), limit_rows=limit, seed=seed, device="cpu")
+
+
 def test_a_curve_needs_two_points(world):
     """A power law through one number of rounds is refused."""
     for rounds in ((5,), (5, 5), (0, 5)):

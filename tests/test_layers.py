@@ -91,6 +91,7 @@ LAYERS: dict[str, set[str]] = {
         "tables",
         "teacher_tables",
         "calibration",
+        "unique_tokens",
         "measures",
         "reproduce_page",
         "reproduce",
@@ -110,13 +111,14 @@ PROGRAMS_TOGETHER = {
     "report": {"comparison", "report_page"},
     "reproduction": {"comparison"},
     "reproduce_page": {"report_page", "reproduction"},
-    "toys": {"plots", "reproduction", "evaluate"},
+    "toys": {"plots", "reproduction"},
     "laws": {"reproduction"},
     "toy_tasks": {"plots", "reproduction"},
     "toy_images": {"reproduction", "toy_tasks"},
     "lab": {"train", "capture", "evaluate", "inspect"},  # inside its functions only
     "tables": {"lab", "reproduction", "comparison", "plots"},
     "measures": {"gradients", "lab", "tables", "reproduction", "plots", "student"},
+    "unique_tokens": {"lab", "tables", "toys", "evaluate", "reproduction", "plots"},
     "calibration": {"lab", "tables", "reproduction", "plots"},
     "teacher_tables": {"lab", "tables", "reproduction", "misalign", "evaluate", "adapt", "train"},
     "reproduce": {
@@ -130,9 +132,10 @@ PROGRAMS_TOGETHER = {
         "tables",
         "teacher_tables",
         "calibration",
+        "unique_tokens",
         "measures",
     },
-    "demo": {"train", "capture", "evaluate", "inspect", "report"},  # inside its functions only
+    "demo": {"lab", "evaluate", "report"},
 }
 # Libraries that a layer's modules must not name, wherever in the file.
 FORBIDDEN = {

@@ -10,11 +10,12 @@ import torch
 from conftest import SEQ_LEN
 
 from sparsekd import lab as lab_module
-from sparsekd import measures, tables
+from sparsekd import measures, tables, unique_tokens
 from sparsekd.errors import MismatchError
 from sparsekd.lab import Lab, LabSettings, Outcome
 from sparsekd.reproduction import Settings
 from sparsekd.tables import CE, FULL, Claim, drawn, gap, judge, top
+from sparsekd.unique_tokens import power_law
 
 
 def outcome(arm, losses, ece=0.01, ids=None):
@@ -120,3 +121,28 @@ def test_a_lab_trains_what_is_asked_and_keeps_it(world, tmp_path, monkeypatch):
     with pytest.raises(MismatchError, match="holds a lab with other settings"):
         Lab(tmp_path / "lab", LabSettings(), rows=world.rows, teacher=world.teacher)
     assert json.loads((tmp_path / "lab" / "lab.json").read_text())["student_steps"] == 8
+
+
+# -- figure 5
+
+
+def test_a_power_law_is_recovered():
+    """3 r^0.5 has exponent 0.5, prefactor 3 and R² = 1; a bent curve has a lower R²."""
+    rounds = [1, 2, 5, 10]
+    assert power_law(rounds, [3 * r**0.5 for r in rounds]) == pytest.approx((0.5, 3, 1))
+    assert power_law(rounds, [1, 2, 2.1, 2.2])[2] < 0.9
+
+
+def test_fig5_counts_a_teachers_ids_over_seeds(world, tmp_path, monkeypatch):
+    """One round is one id for teacher and Zipf law; every cell beyond it has the error of the seeds' rows and draws."""
+    monkeypatch.setattr(unique_tokens, "LM_VOCAB", 2000)
+    settings = Settings(seeds=3, teacher=world.teacher, rows=world.rows, say=lambda _: None)
+    result = unique_tokens.fig5(tmp_path / "fig5", settings)
+    unique = [cells[0].mean for cells in result.ours.rows.values()]
+    assert unique[0] == 1
+    assert unique == sorted(unique) == result.data["unique"]
+    assert result.ours.rows["1 round"][2].mean == 1
+    for name, (ours, _, of_zipf) in result.ours.rows.items():
+        assert (ours.n, of_zipf.n) == (3, 3)
+        assert name == "1 round" or min(ours.standard_error, of_zipf.standard_error) > 0
+    assert world.teacher in result.scale

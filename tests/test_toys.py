@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import sparsekd as skd
-from sparsekd import laws, toy_images, toy_tasks, toys
+from sparsekd import laws, toy_images, toy_tasks, toys, unique_tokens
 from sparsekd.errors import FormatError, SourceError
 from sparsekd.reproduction import Settings
 from sparsekd.targets import SparseTargets
@@ -47,7 +47,7 @@ def test_zipf_halves_at_the_second_id():
 
 def test_the_exponent_has_the_wanted_entropy():
     """Bisection finds the Zipf law of 2 nats."""
-    p = toys.zipf(5000, toys._exponent_of(2.0, 5000))
+    p = toys.zipf(5000, unique_tokens.exponent_of(2.0, 5000))
     assert float(-(p * p.log()).sum()) == pytest.approx(2.0, abs=1e-6)
 
 
@@ -81,35 +81,6 @@ def test_fig2a_judges_each_claim(small):
     """On this smaller Zipf law all claims hold but one: 6 draws do not keep 4 unique ids."""
     found = toys.fig2a(Path(), QUIET).findings
     assert [f.holds for f in found if f.holds is not None] == [True, True, True, False, True]
-
-
-# -- figure 5
-
-
-def test_a_power_law_is_recovered():
-    """3 r^0.5 has exponent 0.5, prefactor 3 and R² = 1; a bent curve has a lower R²."""
-    rounds = [1, 2, 5, 10]
-    assert toys.power_law(rounds, [3 * r**0.5 for r in rounds]) == pytest.approx((0.5, 3, 1))
-    assert toys.power_law(rounds, [1, 2, 2.1, 2.2])[2] < 0.9
-
-
-def test_fig5_counts_a_real_teachers_ids(world):
-    """With a teacher and rows, one round keeps one id, and the table has what evaluate.unique_ids counts."""
-    result = toys.fig5(Path(), Settings(seeds=1, teacher=world.teacher, rows=world.rows))
-    assert result.ours.rows["1 round"][0].mean == 1
-    unique = [cells[0].mean for cells in result.ours.rows.values()]
-    assert unique == sorted(unique)
-    assert result.data["unique"] == unique
-    assert world.teacher in result.scale
-
-
-def test_fig5_without_a_teacher_says_so(monkeypatch):
-    """The Zipf law stands in, and the scale names it."""
-    monkeypatch.setattr(toys, "_LM_VOCAB", 2000)
-    result = toys.fig5(Path(), QUIET)
-    assert "no teacher was given, so a Zipf law" in result.scale
-    assert result.ours.rows["500 rounds"][0].n == 1  # a Cell with the seeds' error, not their number
-    assert result.ours.rows["500 rounds"][0].standard_error > 0
 
 
 # -- appendix A
