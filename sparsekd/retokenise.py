@@ -1,0 +1,397 @@
+"""A teacher's row as the student would read it: the same text cut by the student's tokenizer, laid over the teacher's.
+
+    pair = pair_of(teacher_tokenizer, student_tokenizer)
+    row = retokenise([record], pair)[0]
+    row.ids                     # the student's tokens of the row
+    row.source                  # for each: the teacher token whose draws speak about it, or -1
+    row.context                 # for each: what a draw must be joined with before the student's tokenizer reads it
+
+A student token that starts at byte b is spoken about by the draws for the teacher token that starts last at or before
+b. Such a draw is read after the student's word so far (`tail`), and must give back the student's tokens up to b.
+
+Shapes: V teacher vocabulary, T teacher tokens and S student tokens of a row.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .align import identical_spans, last_start_before, shared_starts, token_starts
+from .errors import MismatchError
+from .vocab_bytes import (
+    NEVER,
+    VocabBytes,
+    encode_texts,
+    plain_backend,
+    segmentation,
+    text_of,
+    valid_runs,
+    vocabulary_bytes,
+    with_prefix,
+)
+
+# Draws are read together with at most so many bytes of the text before them: words are shorter, SentencePiece's BPE
+# without a pre-tokenizer takes the whole text for one word.
+TAIL_BYTES = 32
+_OVER_SPACE = re.compile(rb"[^\s] ")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pair:
+    """Two tokenizers, and what a map between them needs.
+
+    Attributes:
+        backend: the student's, as `plain_backend` gives it.
+        control: [V] int64, the student's id for a control token of the teacher's (by role, else by its string), or -1.
+        extends: [student's V] bool, whether a longer token begins with this one's bytes.
+        same: [V] int64 ids where the two differ in numbering only, else None.
+        lengths: [student's V] int64 bytes.
+        short: the student's tokens of at most 3 bytes: what bytes that are no text (half a character) become.
+        splits_at_space: whether no token of the student's reaches over "x y" from the x to the space.
+    """
+
+    teacher: VocabBytes
+    student: VocabBytes
+    backend: Any
+    control: np.ndarray
+    extends: np.ndarray
+    same: np.ndarray | None
+    lengths: np.ndarray
+    short: dict[bytes, int]
+    splits_at_space: bool
+
+
+class Context(NamedTuple):
+    """What decides how a draw is read, given all that came before it.
+
+    A draw w is read as the student's tokens of `tail` + w. They must be cut at `cuts` and nowhere else up to the last
+    of them (byte 0 without cuts), and agree with `head` up to there; the token that begins there is the answer.
+
+    Attributes:
+        tail: the student's text from the start of the word that w may go on with, to where w begins.
+        head: the student's text from there to where its token begins; shorter or longer than the tail.
+        cuts: ends of the student's tokens in `head`.
+        opens: whether w begins a document, where tokenizers add and drop spaces.
+    """
+
+    tail: bytes = b""
+    head: bytes = b""
+    cuts: tuple[int, ...] = ()
+    opens: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudentRow:
+    """One row in the student's tokens.
+
+    Attributes:
+        ids: [S] int64; starts: [S] bool, where documents start.
+        source: [S] int64, the row's teacher token whose draws speak about the token, or -1.
+        context: [S] int64, an index into the pair's `Contexts`.
+        counts: teacher and student tokens, starts and spans that both have, tokens of text that does not come back.
+    """
+
+    ids: np.ndarray
+    starts: np.ndarray
+    source: np.ndarray
+    context: np.ndarray
+    counts: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Contexts:
+    """All contexts seen so far, numbered; 0 is the empty one: a word starts here and so does the draw."""
+
+    all: list[Context] = field(default_factory=lambda: [Context()])
+    index: dict[Context, int] = field(default_factory=lambda: {Context(): 0})
+
+    def number(self, context: Context) -> int:
+        """The context's number; a new one is put at the end."""
+        found = self.index.get(context)
+        if found is None:
+            found = self.index[context] = len(self.all)
+            self.all.append(context)
+        return found
+
+
+def pair_of(teacher: Any, student: Any, logit_width: int | None = None) -> Pair:
+    """Two transformers tokenizers as a pair; `logit_width` is V where the teacher's model is wider than its tokenizer.
+
+    Raises:
+        SourceError: a tokenizer of a family that is not understood.
+    """
+    of_teacher, of_student = vocabulary_bytes(teacher), vocabulary_bytes(student)
+    width = max(logit_width or 0, len(of_teacher.of_id))
+    return Pair(
+        teacher=of_teacher,
+        student=of_student,
+        backend=plain_backend(student),
+        control=_control(of_teacher, of_student, width),
+        extends=extendable(of_student.of_id),
+        same=_renumbering(teacher, student, width),
+        lengths=of_student.lengths(),
+        short={piece: token for token, piece in enumerate(of_student.of_id) if piece and len(piece) <= 3},
+        splits_at_space=not any(_OVER_SPACE.search(piece) for piece in of_student.of_id if piece),
+    )
+
+
+def _control(teacher: VocabBytes, student: VocabBytes, width: int) -> np.ndarray:
+    control = np.full(width, -1)
+    for string, token in teacher.control.items():
+        control[token] = student.control.get(string, -1)
+    for ours, theirs in ((teacher.bos, student.bos), (teacher.eos, student.eos)):
+        if ours is not None:
+            control[ours] = -1 if theirs is None else theirs
+    return control
+
+
+def extendable(of_id: Sequence[bytes | None]) -> np.ndarray:
+    """[V] bool: whether some token's bytes are longer and begin with this one's."""
+    pieces = sorted({piece for piece in of_id if piece})
+    longer = {a for a, b in pairwise(pieces) if b.startswith(a)}
+    return np.array([piece in longer for piece in of_id])
+
+
+def _renumbering(teacher: Any, student: Any, width: int) -> np.ndarray | None:
+    if segmentation(teacher) != segmentation(student):
+        return None
+    renumbered, theirs = np.full(width, -1), student.get_vocab()
+    for piece, token in teacher.get_vocab().items():
+        renumbered[token] = theirs[piece]
+    return renumbered
+
+
+# --- a row's text, in stretches between control tokens ----------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stretch:
+    """Teacher tokens [first, last) of a row that are text, and the control token at `last`, if there is one.
+
+    Attributes:
+        opens: whether a document starts here; bare: whether the text does (perhaps after a BOS).
+        text: the bytes as the student reads them.
+        starts: [last - first + 1] where the teacher's tokens start in `text`.
+    """
+
+    first: int
+    last: int
+    control: int | None
+    opens: bool
+    bare: bool
+    text: bytes
+    starts: np.ndarray
+
+
+def stretches(ids: np.ndarray, starts: np.ndarray, pair: Pair) -> Iterator[Stretch]:
+    """A row's teacher tokens in order: text, and the control token after it."""
+    of_id, size = pair.teacher.of_id, len(ids)
+    is_control = np.array([of_id[token] is None for token in ids.tolist()], bool)
+    first = 0
+    while first < size:
+        later = np.flatnonzero(is_control[first:] | np.r_[False, starts[first + 1 :]])
+        last = first + int(later[0]) if len(later) else size
+        opens_next = last > first and last < size and starts[last]  # a BOS: the next document's, not this one's end
+        control = int(ids[last]) if last < size and is_control[last] and not opens_next else None
+        after_bos = first > 0 and starts[first - 1] and ids[first - 1] == pair.teacher.bos
+        yield _stretch(ids, first, last, control, bool(starts[first]), bool(after_bos), pair)
+        first = last + (control is not None)
+
+
+def _stretch(
+    ids: np.ndarray, first: int, last: int, control: int | None, opens: bool, after_bos: bool, pair: Pair
+) -> Stretch:
+    pieces = [pair.teacher.of_id[token] or b"" for token in ids[first:last].tolist()]
+    text, begins = b"".join(pieces), token_starts(np.array([len(piece) for piece in pieces], np.int64))
+    bare = opens or after_bos
+    if bare:
+        read = with_prefix(text[pair.teacher.prefix != NEVER and text.startswith(b" ") :], pair.student)
+        begins[1:] += len(read) - len(text)
+        text = read
+    return Stretch(first=first, last=last, control=control, opens=opens, bare=bare, text=text, starts=begins.clip(0))
+
+
+# --- the student's tokens -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cut:
+    """A stretch in the student's tokens: ids, where each starts (and the end), and which of them start a word."""
+
+    ids: list[int]
+    starts: np.ndarray
+    words: np.ndarray
+    comes_back: bool
+
+
+def cut_texts(texts: Sequence[bytes], pair: Pair) -> list[Cut]:
+    """Each text by the student's tokenizer; bytes that are no UTF-8 one by one."""
+    runs = [list(valid_runs(text)) for text in texts]
+    valid = [run.decode() for several in runs for run, fine in several if fine]
+    encodings = iter(encode_texts(pair.backend, valid))
+    return [_cut(text, several, encodings, pair) for text, several in zip(texts, runs, strict=True)]
+
+
+def cut_ids(texts: Sequence[bytes], pair: Pair) -> list[list[int] | None]:
+    """The student's tokens of each text; None for a text that does not come back from them."""
+    runs = [list(valid_runs(text)) for text in texts]
+    encodings = iter(encode_texts(pair.backend, [run.decode() for each in runs for run, fine in each if fine]))
+    found: list[list[int] | None] = []
+    for text, several in zip(texts, runs, strict=True):
+        ids = [token for run, fine in several for token in (next(encodings).ids if fine else _greedy(run, pair.short))]
+        found.append(ids if -1 not in ids and text_of(ids, pair.student) == text else None)
+    return found
+
+
+def _cut(text: bytes, runs: list[tuple[bytes, bool]], encodings: Iterator[Any], pair: Pair) -> Cut:
+    ids: list[int] = []
+    words: list[bool] = []
+    for run, fine in runs:
+        if fine:
+            found = next(encodings)
+            numbers = [-1, *found.word_ids]
+            ids += found.ids
+            words += [a != b for a, b in pairwise(numbers)]
+        else:
+            found_ids = _greedy(run, pair.short)
+            ids += found_ids
+            words += [False] * len(found_ids)
+    if -1 in ids:
+        return Cut(ids=[], starts=np.zeros(1, np.int64), words=np.zeros(0, bool), comes_back=False)
+    comes_back = text_of(ids, pair.student) == text
+    starts = token_starts(pair.lengths[np.array(ids, np.int64)])
+    return Cut(ids=ids, starts=starts, words=_word_starts(ids, np.array(words, bool), pair), comes_back=comes_back)
+
+
+def _greedy(data: bytes, short: dict[bytes, int]) -> list[int]:
+    """Bytes that are no text, by the longest tokens that fit; -1 where none does."""
+    ids = []
+    while data:
+        size = next((size for size in (3, 2, 1) if data[:size] in short), 0)
+        ids.append(short.get(data[:size], -1))
+        data = data[size or 1 :]
+    return ids
+
+
+def _word_starts(ids: list[int], words: np.ndarray, pair: Pair) -> np.ndarray:
+    """[S] bool; without a pre-tokenizer, a token that begins with a space after one that does not end with one."""
+    if len(ids) > 1 and not words[1:].any():
+        pieces = [pair.student.of_id[token] or b"" for token in ids]
+        words = np.array([True, *(b.startswith(b" ") and not a.endswith(b" ") for a, b in pairwise(pieces))])
+    return words
+
+
+def retokenise(rows: Sequence[tuple[np.ndarray, np.ndarray]], pair: Pair, contexts: Contexts) -> list[StudentRow]:
+    """Rows, each (ids [T], starts [T] bool), in the student's tokens.
+
+    Raises:
+        MismatchError: a row has a control token that the student's tokenizer has no counterpart for.
+    """
+    several = [list(stretches(ids, starts, pair)) for ids, starts in rows]
+    cuts = iter(cut_texts([stretch.text for each in several for stretch in each], pair))
+    return [_student_row([(s, next(cuts)) for s in each], pair, contexts) for each in several]
+
+
+def _student_row(parts: list[tuple[Stretch, Cut]], pair: Pair, contexts: Contexts) -> StudentRow:
+    ids: list[int] = []
+    starts: list[int] = []
+    source: list[np.ndarray] = []
+    context: list[np.ndarray] = []
+    counts = {"teacher_tokens": 0, "student_tokens": 0, "shared_starts": 0, "identical_spans": 0, "lost_tokens": 0}
+    for stretch, cut in parts:
+        if stretch.opens:
+            starts.append(len(ids))
+            if pair.student.bos is not None and not _is_bos(stretch, pair):
+                ids.append(pair.student.bos)
+                source.append(np.array([-1]))
+                context.append(np.array([0]))
+        control = _control_after(stretch, pair)
+        spoken = np.full(len(cut.ids) + len(control), -1)
+        numbers = np.zeros(len(spoken), np.int64)
+        if cut.comes_back:
+            spoken, numbers = _spoken_about(stretch, cut, len(spoken), contexts)
+        ids += cut.ids + control
+        source.append(spoken)
+        context.append(numbers)
+        _count(stretch, cut, counts)
+    whole = np.array(ids, np.int64)
+    opening = np.zeros(len(ids), bool)
+    opening[[at for at in starts if at < len(ids)]] = True
+    return StudentRow(
+        ids=whole,
+        starts=opening,
+        source=np.concatenate([*source, np.zeros(0, np.int64)]).astype(np.int64),
+        context=np.concatenate([*context, np.zeros(0, np.int64)]).astype(np.int64),
+        counts=counts,
+    )
+
+
+def _is_bos(stretch: Stretch, pair: Pair) -> bool:
+    return stretch.first == stretch.last and stretch.control is not None and stretch.control == pair.teacher.bos
+
+
+def _control_after(stretch: Stretch, pair: Pair) -> list[int]:
+    """The student's counterpart of the control token that ends a stretch; none for a BOS that it does not write."""
+    if stretch.control is None:
+        return []
+    found = int(pair.control[stretch.control])
+    if found >= 0:
+        return [found]
+    if stretch.control == pair.teacher.bos:
+        return []
+    string = next((s for s, token in pair.teacher.control.items() if token == stretch.control), "")
+    raise MismatchError(
+        f"the rows have the control token {string!r} (id {stretch.control} of {pair.teacher.name}), and "
+        f"{pair.student.name} has no control token of that name; add one to it (tokenizer.add_special_tokens)"
+    )
+
+
+def _spoken_about(stretch: Stretch, cut: Cut, count: int, contexts: Contexts) -> tuple[np.ndarray, np.ndarray]:
+    """For the student's tokens of a stretch (and its control token): the teacher token and the context's number."""
+    begins = cut.starts[:count]
+    which = last_start_before(stretch.starts[:-1], begins) if stretch.last > stretch.first else np.zeros(count, int)
+    at_end = begins >= stretch.starts[-1]
+    which[at_end] = stretch.last - stretch.first  # the control token, if there is one
+    where = stretch.starts[which]
+    opening = _tail_starts(cut, where)
+    numbers = [
+        contexts.number(_context(stretch, cut, *each))
+        for each in zip(opening.tolist(), range(count), which.tolist(), strict=True)
+    ]
+    return stretch.first + which, np.array(numbers, np.int64)
+
+
+def _tail_starts(cut: Cut, where: np.ndarray) -> np.ndarray:
+    """For each byte: the student's token that starts the word of the byte before it (or one TAIL_BYTES bytes back).
+
+    Of the byte before: a draw may go on with the word that the text ended there.
+    """
+    if not cut.ids:
+        return np.zeros(len(where), np.int64)
+    last = last_start_before(cut.starts[:-1], where - 1).clip(0)
+    word = np.maximum.accumulate(np.where(cut.words, np.arange(len(cut.ids)), 0))[last]
+    near = np.searchsorted(cut.starts[:-1], where - TAIL_BYTES)
+    found: np.ndarray = np.maximum(word, np.minimum(near, last))
+    return found
+
+
+def _context(stretch: Stretch, cut: Cut, opening: int, i: int, which: int) -> Context:
+    begin, where, end = int(cut.starts[opening]), int(stretch.starts[which]), int(cut.starts[i])
+    cuts = tuple([start - begin for start in cut.starts[opening + 1 : i + 1].tolist()])
+    return Context(stretch.text[begin:where], stretch.text[begin:end], cuts, which == 0 and stretch.bare)
+
+
+def _count(stretch: Stretch, cut: Cut, counts: dict[str, int]) -> None:
+    counts["teacher_tokens"] += stretch.last - stretch.first + (stretch.control is not None)
+    counts["student_tokens"] += len(cut.ids) + (stretch.control is not None)
+    if not cut.comes_back:
+        counts["lost_tokens"] += len(cut.ids)
+        return
+    counts["shared_starts"] += len(shared_starts(stretch.starts, cut.starts)[1]) - 1 + (stretch.control is not None)
+    counts["identical_spans"] += len(identical_spans(stretch.starts, cut.starts)[1]) + (stretch.control is not None)
