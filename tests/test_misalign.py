@@ -15,7 +15,7 @@ from sparsekd.cache import verify
 from sparsekd.cli import app
 from sparsekd.errors import MismatchError
 from sparsekd.inspect import describe_cache
-from sparsekd.misalign import documents_of, match, misalign
+from sparsekd.misalign import documents_of, keep_common, match, misalign
 from sparsekd.packed import RowsReader
 from sparsekd.rows import pack
 from sparsekd.train import train
@@ -203,3 +203,54 @@ def test_documents_are_found_across_rows_without_the_padding():
     assert new.length.tolist() == [1, 5, 5, 1]
     assert match(new, old).tolist() == [5, 0, 6, -1]
     assert match(old, new).tolist() == [1, 0, 6]
+
+
+# --- the same positions ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def aligned(world, other_rows, tmp_path_factory):
+    """What the teacher makes on the other rows themselves."""
+    from sparsekd.capture import capture
+
+    out = tmp_path_factory.mktemp("misalign") / "aligned"
+    sampler = {"name": "random_sampling", "rounds": 20}
+    capture(rows=other_rows, teacher=world.teacher, out=out, sampler=sampler, shard_rows=50, device="cpu", threads=1)
+    return str(out)
+
+
+def test_copies_keep_the_positions_that_all_have(aligned, carried, tmp_path):
+    """Both copies are supervised exactly where both caches are; what they keep is their own source's, bit for bit."""
+    copies = {aligned: tmp_path / "a", carried[0]: tmp_path / "b"}
+    kept = keep_common(copies)
+    positions = 0
+    for row in range(len(skd.CacheReader(aligned))):
+        sources = [skd.CacheReader(path).record(row) for path in copies]
+        both = sources[0].supervised & sources[1].supervised
+        for source, copy in zip(sources, (skd.CacheReader(path).record(row) for path in copies.values()), strict=True):
+            assert np.array_equal(copy.supervised[1:], both[1:])
+            assert np.array_equal(copy.input_ids, source.input_ids)
+            ids, weights = source.targets.padded()
+            own = [
+                target for target, at in zip(zip(ids, weights, strict=True), _places(source), strict=True) if both[at]
+            ]
+            for (i, w), (j, v) in zip(own, zip(*copy.targets.padded(), strict=True), strict=True):
+                assert {*zip(i[w > 0], w[w > 0], strict=True)} == {*zip(j[v > 0], v[v > 0], strict=True)}
+        positions += int(both[1:].sum())
+    assert kept == positions < sum(int(skd.CacheReader(aligned).record(i).supervised[1:].sum()) for i in range(row + 1))
+    assert all(verify(path).problems == [] for path in copies.values())
+    assert (
+        skd.CacheReader(tmp_path / "b").spec.data["misaligned"] == skd.CacheReader(carried[0]).spec.data["misaligned"]
+    )
+
+
+def _places(record):
+    """The token of each target."""
+    return np.flatnonzero(record.supervised[1:]) + 1
+
+
+def test_copies_need_the_same_rows(world, carried, tmp_path):
+    """Caches of two packings have no common positions; the message names both."""
+    with pytest.raises(MismatchError, match=rf"rows differ: {world.cache} holds .*; give caches of the same rows"):
+        keep_common({world.cache: tmp_path / "a", carried[0]: tmp_path / "b"})
+    assert not (tmp_path / "a").exists()

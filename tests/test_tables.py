@@ -55,6 +55,14 @@ def test_claims_hold_beyond_the_interval_only():
     assert judge(three([4.5, 4.7, 4.3], ece=0.05), Claim(better="CE", worse="ours", metric="ece")).holds is True
 
 
+def test_one_seed_decides_nothing():
+    """Without an interval no claim is judged, however large the difference, and the sentence says so."""
+    outcomes = {name: outcome(arm, [loss]) for name, arm, loss in (("CE", CE, 5.0), ("FullKD", FULL, 1.0))}
+    found = judge(outcomes, Claim(better="FullKD", worse="CE"))
+    assert found.holds is None
+    assert "4.000 nats lower, from one seed, which decides nothing." in found.text
+
+
 def test_a_diverged_arm_is_said_to_have_diverged():
     """An arm without a finite loss shows the word and loses every claim."""
     outcomes = three([4.5, None, 4.3])

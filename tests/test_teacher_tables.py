@@ -1,0 +1,106 @@
+"""Tables 11 and 13: the texts they are made from, the packings they compare, and both from rows to findings."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from conftest import SEQ_LEN
+
+import sparsekd as skd
+from sparsekd import lab as lab_module
+from sparsekd import teacher_tables
+from sparsekd.lab import Lab, LabSettings
+from sparsekd.packed import RowsReader
+from sparsekd.reproduction import Settings
+from sparsekd.teacher_tables import ADAPTED, ALIGNED, ORIGINAL, SHORT, SHUFFLED, packings, prose_of, texts_of
+
+TINY = LabSettings(
+    seq_len=SEQ_LEN,
+    teacher_steps=8,
+    student={"family": "tiny", "hidden_size": 16, "intermediate_size": 32},
+    student_rows=64,
+    student_steps=8,
+    batch_size=8,
+    eval_rows=8,
+    seeds=(0, 1),
+)
+
+
+@pytest.fixture
+def settings(world, monkeypatch):
+    """A lab of tiny students that are trained in this process, under the world's teacher."""
+    monkeypatch.setitem(lab_module.SETTINGS, "quick", TINY)
+    monkeypatch.setattr(lab_module, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
+    return Settings(seeds=2, rows=world.rows, teacher=world.teacher, say=lambda _: None)
+
+
+def test_documents_come_back_as_they_were_packed(world):
+    """Both splits together hold the corpus's texts, each once; the padding of the last row adds nothing."""
+    with open(world.corpus, encoding="utf-8") as file:
+        corpus = [json.loads(line)["text"] for line in file]
+    assert sorted([*texts_of(world.rows), *texts_of(world.rows, "heldout")]) == sorted(corpus)
+    first = list(texts_of(world.rows, limit_rows=4))
+    assert first[:-1] == list(texts_of(world.rows))[: len(first) - 1]
+
+
+def test_prose_is_comments_and_docstrings():
+    """By hand: no code, no other strings; what is no Python has none."""
+    source = '''#!/bin/python
+"""Adds numbers."""
+x = "no"  # one
+def f():
+    r"""Sums
+    up."""
+    return g("no", """no""")
+'''
+    assert prose_of(source) == "/bin/python\nAdds numbers.\none\nSums\n    up."
+    assert prose_of("def (:\n  '''") == ""
+
+
+def test_packings_differ_in_targets_alone(settings, world, tmp_path):
+    """Three caches of one packing: equal rows and positions; two say whose packing their targets were made for."""
+    lab = Lab(tmp_path / "lab", TINY, rows=world.rows, teacher=world.teacher, say=lambda _: None)
+    caches, kept = packings(lab)
+    readers = {label: skd.CacheReader(path) for label, path in caches.items()}
+    assert all(reader.stats["positions"] == kept for reader in readers.values())
+    for row in range(len(readers[ALIGNED])):
+        ours, *others = (reader.record(row) for reader in readers.values())
+        for other in others:
+            assert np.array_equal(ours.input_ids, other.input_ids)
+            assert np.array_equal(ours.supervised[1:], other.supervised[1:])
+    made_for = {label: reader.spec.data.get("misaligned") for label, reader in readers.items()}
+    assert made_for[ALIGNED] is None
+    assert [(made_for[x]["seed"], made_for[x]["seq_len"]) for x in (SHUFFLED, SHORT)] == [(1, 32), (1, 8)]
+    rows = RowsReader(tmp_path / "lab" / "packings" / "rows-seed0-32")
+    assert readers[ALIGNED].spec.data["fingerprint"] == rows.fingerprint
+    assert kept > 0.8 * sum(int(row.supervised[1:].sum()) for row in rows)
+    assert packings(lab) == (caches, kept)
+
+
+def test_table_13_from_rows_to_findings(settings, tmp_path):
+    """All five students of each seed; a misaligned student is another one than the aligned one."""
+    result = teacher_tables.table13(tmp_path / "table13", settings)
+    assert list(result.ours.rows) == ["CE", SHORT, SHUFFLED, ALIGNED, "FullKD"]
+    losses = [cells[1].mean for cells in result.ours.rows.values()]
+    assert len(set(losses)) == 5
+    assert all(cells[1].n == 2 for cells in result.ours.rows.values())
+    assert "learns from the same" in result.scale
+    assert len(result.findings) == 4
+
+
+def test_table_11_adapts_the_given_teacher(settings, world, tmp_path):
+    """The user's teacher is the original; the adapted one is another, made from it, and each has its students."""
+    result = teacher_tables.table11(tmp_path / "table11", settings)
+    assert list(result.ours.rows) == ["CE", ORIGINAL, ADAPTED]
+    facts = json.loads((tmp_path / "lab" / "adapted" / "adapt.json").read_text())
+    assert facts["teacher"]["id"] == world.teacher
+    assert facts["weights"] != facts["teacher"]["weights"]
+    assert result.ours.rows["CE"][2].mean == 0
+    of_teachers = [result.ours.rows[label][0].mean for label in (ORIGINAL, ADAPTED)]
+    assert of_teachers[0] != of_teachers[1]
+    students = [result.ours.rows[label][1].mean for label in (ORIGINAL, ADAPTED)]
+    assert students[0] != students[1]
+    assert world.teacher in result.scale
