@@ -58,6 +58,31 @@ def curve_edges(width: int, top: int = TOP) -> tuple[int, ...]:
     return tuple(edges)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherSketch:
+    """What capture keeps of N positions: the curve, and for `alm` the token that came, with its log-probability.
+
+    Attributes:
+        tokens: [N] int64.
+        log_p: [N] float, natural logarithm.
+        curve: masses [N, C].
+    """
+
+    tokens: Tensor
+    log_p: Tensor
+    curve: SortedCurve
+
+
+@torch.no_grad()
+def teacher_sketch(logits_NV: Tensor, tokens_N: Tensor, *, top: int = TOP) -> TeacherSketch:
+    """`sorted_curve` and log_softmax(logits)[token]."""
+    dtype = torch.promote_types(logits_NV.dtype, torch.float32)
+    log_p = torch.empty(len(logits_NV), dtype=dtype, device=logits_NV.device)
+    for part in row_chunks(logits_NV):
+        log_p[part] = logits_NV[part].to(dtype).log_softmax(-1).gather(-1, tokens_N[part, None])[:, 0]
+    return TeacherSketch(tokens=tokens_N, log_p=log_p, curve=sorted_curve(logits_NV, top=top))
+
+
 @torch.no_grad()
 def sorted_curve(logits: Tensor, *, top: int | None = TOP) -> SortedCurve:
     """The curve of softmax(logits), [..., C]; float32 (float64 stays). `top=None` keeps every rank: nothing is lost.
