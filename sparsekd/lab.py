@@ -18,7 +18,6 @@ from typing import Any
 
 from sparsekd.errors import MismatchError, ModelError
 from sparsekd.files import write_json
-from sparsekd.vocab import quiet_transformers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,26 +26,31 @@ class Arm:
 
     Attributes:
         label: in tables.
+        name: of its folders, when a reader should recognise them; else they are named after what is done.
         sampler: of the cache it learns from; None for "ce" and "full_kd".
         codec: of that cache; None takes the default.
         train: further settings of `sparsekd.train.train` (method, residual, ce_weight, ...).
     """
 
     label: str
+    name: str | None = None
     sampler: dict[str, Any] | None = None
     codec: str | None = None
     train: dict[str, Any] = field(default_factory=dict)
 
     def key(self) -> str:
         """A folder name that hangs on what is done, not on how it is called."""
-        text = json.dumps({k: v for k, v in asdict(self).items() if k != "label"}, sort_keys=True)
+        text = json.dumps({k: v for k, v in asdict(self).items() if k not in ("label", "name")}, sort_keys=True)
         name = self.sampler["name"] if self.sampler else self.train.get("method", "cached")
         return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LabSettings:
-    """How large the lab's models and runs are; tokens of a student = steps * batch_size * seq_len."""
+    """How large the lab's models and runs are; tokens of a student = steps * batch_size * seq_len.
+
+    `curve_points` is how often a student's held-out loss is taken while it trains.
+    """
 
     vocab_size: int = 1024
     seq_len: int = 128
@@ -68,6 +72,7 @@ class LabSettings:
     batch_size: int = 16
     learning_rate: float = 3e-3
     eval_rows: int = 160
+    curve_points: int = 0
     seeds: tuple[int, ...] = (0, 1, 2)
     device: str | None = None
     dtype: str | None = None
@@ -137,7 +142,7 @@ class Lab:
         """A lab folder belongs to one set of settings."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "lab.json"
-        sizes = {k: v for k, v in asdict(self.settings).items() if k != "seeds"}
+        sizes = {k: v for k, v in asdict(self.settings).items() if k not in ("seeds", "curve_points")}
         text = json.dumps(sizes | {"own_rows": self._rows, "own_teacher": self._teacher}, indent=1) + "\n"
         if path.exists() and path.read_text() != text:
             raise MismatchError(f"{self.folder} holds a lab with other settings; name another folder or remove it")
@@ -201,7 +206,7 @@ class Lab:
             [sampler, arm.codec, self._inside(teacher), *([self._inside(rows)] if rows else [])], sort_keys=True
         )
         name = hashlib.sha256(made.encode()).hexdigest()[:10]
-        path = self.folder / "caches" / f"{sampler['name']}-{name}"
+        path = self.folder / "caches" / (arm.name or f"{sampler['name']}-{name}")
         if not (path / "stats.json").exists():
             capture(
                 rows=rows or self.rows(),
@@ -237,6 +242,8 @@ class Lab:
         return self._student(arm, seed, self.cache(arm))
 
     def _student(self, arm: Arm, seed: int, cache: str) -> Path:
+        if arm.name:
+            return self.folder / "students" / f"{arm.name}-s{seed}"
         return self.folder / "students" / f"{arm.key()}-{Path(cache).name.rpartition('-')[2]}-s{seed}"
 
     def _inside(self, path: str) -> str:
@@ -252,11 +259,18 @@ class Lab:
         self.say(f"  lab: training {len(jobs)} students")
         from sparsekd.models import one_thread
 
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=one_thread) as pool:
+        pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=one_thread)
+        try:
             futures = {pool.submit(_train_one, self.settings, models, job): job for job in jobs}
             for done, future in enumerate(as_completed(futures), start=1):
                 _, arm, seed, _ = futures[future]
                 self.say(f"    {done:>3}/{len(jobs)}  {arm.label:<28} seed {seed}  loss {future.result():.3f}")
+        except BaseException:  # Ctrl-C: students that are under way have their checkpoints
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list((pool._processes or {}).values()):
+                process.terminate()
+            raise
+        pool.shutdown()
 
     def _outcome(self, arm: Arm, cache: str) -> Outcome:
         folders = [self._student(arm, seed, cache) for seed in self.settings.seeds]
@@ -281,12 +295,13 @@ def write_stats(cache: Path) -> None:
 def _train_one(s: LabSettings, models: tuple[str, str], job: tuple[str, Arm, int, str]) -> float:
     """One student trained and evaluated, in a process of the pool; a run that diverges is recorded as infinite loss."""
     from sparsekd.evaluate import evaluate
+    from sparsekd.vocab import quiet_transformers
 
     quiet_transformers()
     (rows, teacher), (out, arm, seed, cache) = models, job
     method = arm.train.get("method", "cached")
     try:
-        _train_student(s, teacher, out, arm, seed, cache, method)
+        _train_student(s, rows, teacher, out, arm, seed, cache, method)
         result = evaluate(model=out, rows=rows, teacher=teacher, batch_size=32, limit_rows=s.eval_rows, device=s.device)
     except ModelError as error:  # what the paper writes as an infinite loss
         result = {"diverged": str(error), "loss": {"mean": None, "standard_error": None}}
@@ -296,7 +311,9 @@ def _train_one(s: LabSettings, models: tuple[str, str], job: tuple[str, Arm, int
     return float("inf") if loss is None else float(loss)
 
 
-def _train_student(s: LabSettings, teacher: str, out: str, arm: Arm, seed: int, cache: str, method: str) -> None:
+def _train_student(
+    s: LabSettings, rows: str, teacher: str, out: str, arm: Arm, seed: int, cache: str, method: str
+) -> None:
     from sparsekd.train import train
 
     train(
@@ -308,7 +325,10 @@ def _train_student(s: LabSettings, teacher: str, out: str, arm: Arm, seed: int, 
         max_steps=s.student_steps,
         batch_size=s.batch_size,
         learning_rate=s.learning_rate,
-        log_steps=max(1, s.student_steps // 20),
+        log_steps=max(1, s.student_steps // 30),
+        eval_rows=rows if s.curve_points else None,
+        eval_steps=max(1, s.student_steps // s.curve_points) if s.curve_points else 0,
+        eval_limit=64,
         save_steps=max(1, s.student_steps // 2),
         keep_checkpoints=1,
         device=s.device,
