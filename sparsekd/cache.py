@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from .canary import alignment, check_alignment
 from .checks import make_folder
-from .codec import FlatTargets
+from .codec import FlatTargets, codec_engine
 from .errors import FormatError, IncompleteError, MismatchError, RecipeError
 from .files import is_url, join, list_folder, read_file, remove_stale_files, sha256_file, write_atomically
 from .folder import (
@@ -41,6 +41,7 @@ from .folder import (
     encode_record,
     found_specs,
     rebuild_manifest,
+    shard_ranks,
 )
 from .manifest import (
     MANIFEST,
@@ -79,10 +80,15 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowTargets:
-    """ids [L - 1, K] int64 and weights [L - 1, K] float32; weight 0 is padding, or an unsupervised position."""
+    """ids [L - 1, K] int64 and weights [L - 1, K] float32; weight 0 is padding, or an unsupervised position.
+
+    Of a cache of sorted curves, `curve` is [L - 1, C] float32 (zeros where unsupervised), and ids and weights are the
+    token that came and its probability: no targets of a sparse loss.
+    """
 
     ids: Array
     weights: Array
+    curve: Array | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,10 +145,13 @@ class CacheWriter:
                 f"shard {shard} holds the {len(wanted)} rows {wanted.start}..{wanted.stop - 1}, "
                 f"got {len(given)} records; give exactly its rows"
             )
-        encoded = [encode_record(record, self.spec, row) for row, record in zip(wanted, given, strict=True)]
+        ranked = shard_ranks(given, self.spec)
+        encoded = [encode_record(record, self.spec, row, ranked) for row, record in zip(wanted, given, strict=True)]
         stats = sum_stats([each for _, each in encoded])
-        header = make_header(self.spec, shard, stats, self.engine)
-        write_shard(self.path / shard_name(shard), header, [row for row, _ in encoded])
+        header = make_header(self.spec, shard, stats, self.engine | codec_engine(self.spec.codec))
+        write_shard(
+            self.path / shard_name(shard), header, [row for row, _ in encoded], ranked.table if ranked else None
+        )
 
     def finalize(self) -> Json:
         """Aggregates the headers into manifest.json and returns it. Safe to call from several processes.
@@ -313,7 +322,11 @@ def _spread(flat: FlatTargets, supervised: Array) -> RowTargets:
     weights = np.zeros(ids.shape, np.float32)
     ids[supervised] = ids_PK
     weights[supervised] = weights_PK
-    return RowTargets(ids=ids, weights=weights)
+    if flat.curve is None:
+        return RowTargets(ids=ids, weights=weights)
+    curve = np.zeros((len(supervised), flat.curve.shape[1]), np.float32)
+    curve[supervised] = flat.curve
+    return RowTargets(ids=ids, weights=weights, curve=curve)
 
 
 # --- verifying ------------------------------------------------------------------------------------------

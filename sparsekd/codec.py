@@ -9,8 +9,8 @@ Shapes: L tokens of a row, P supervised positions, M entries of all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .codec_counts import decode_counts, decode_importance, encode_counts, encode_importance
+from .codec_curve import are_edges, decode_curve, encode_curve
+from .codec_ints import zstd_version
+from .codec_split import decode_split, decode_split_row, encode_split, encode_split_row
 from .codec_weights import decode_prob24, decode_prob40, encode_prob24, encode_prob40
 from .errors import FormatError, MismatchError, RecipeError
 from .flat import FlatTargets, Importance
@@ -26,6 +29,7 @@ from .words import pack, refuse, unpack
 __all__ = [
     "CODECS",
     "COUNTS",
+    "CURVES",
     "IMPORTANCE",
     "WEIGHTS",
     "Codec",
@@ -44,24 +48,32 @@ __all__ = [
 Array = NDArray[Any]
 Spec = Mapping[str, Any]
 
-COUNTS, IMPORTANCE, WEIGHTS = "counts", "importance draws", "weights"
+COUNTS, IMPORTANCE, WEIGHTS, CURVES = "counts", "importance draws", "weights", "sorted curves"
 # What a spec says beside its name and logit_width.
 _KEYS: dict[str, tuple[str, ...]] = {
     COUNTS: ("rounds",),
     IMPORTANCE: ("rounds", "temperature", "normalize"),
     WEIGHTS: (),
+    CURVES: ("edges",),
 }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Codec:
-    """Two functions, what they hold (a key of `_KEYS`), and the limits: ids below 2^id_bits, counts of max_rounds."""
+    """Two functions, what they hold (a key of `_KEYS`), and the limits: ids below 2^id_bits, counts of max_rounds.
+
+    A codec may code a whole row itself, to spell out only those input ids that its targets do not tell (`encode_row`
+    and `decode_row`), and may want frequent ids to be small numbers (`ranked`; see id_ranks.py).
+    """
 
     encode: Callable[[FlatTargets, Spec], bytes]
     decode: Callable[[bytes, int, Spec], FlatTargets]
     holds: str
     id_bits: int
     max_rounds: int | None = None
+    encode_row: Callable[[Array, FlatTargets, Array, Spec], bytes] | None = None
+    decode_row: Callable[[bytes, int, Array, Spec], tuple[Array, FlatTargets]] | None = None
+    ranked: bool = False
 
 
 def _counted(encode: Any, decode: Any, *, holds: str, width: int, id_bits: int, max_rounds: int) -> Codec:
@@ -81,10 +93,21 @@ CODECS: dict[str, Codec] = {
     "raw24": _counts_codec(width=3, id_bits=18, max_rounds=64),
     "paper24": _counts_codec(width=3, id_bits=17, max_rounds=128),
     "raw40": _counts_codec(width=5, id_bits=20, max_rounds=2**20),
+    "split": Codec(
+        encode=encode_split,
+        decode=decode_split,
+        holds=COUNTS,
+        id_bits=20,
+        max_rounds=2**20,
+        encode_row=encode_split_row,
+        decode_row=decode_split_row,
+        ranked=True,
+    ),
     "ratio32": _importance_codec(width=4, id_bits=18, max_rounds=64),
     "ratio48": _importance_codec(width=6, id_bits=20, max_rounds=2**20),
     "prob24": Codec(encode=encode_prob24, decode=decode_prob24, holds=WEIGHTS, id_bits=17),
     "prob40": Codec(encode=encode_prob40, decode=decode_prob40, holds=WEIGHTS, id_bits=24),
+    "curve8": Codec(encode=encode_curve, decode=decode_curve, holds=CURVES, id_bits=24),
 }
 
 
@@ -92,22 +115,38 @@ CODECS: dict[str, Codec] = {
 
 
 def default_codec(
-    rounds: int | None, logit_width: int, temperature: float = 1.0, normalize: bool = True
+    rounds: int | None,
+    logit_width: int,
+    temperature: float = 1.0,
+    normalize: bool = True,
+    edges: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """The smallest codec that keeps counts exactly (`rounds` set; with log-probabilities unless `temperature` is 1),
-    or weights to 0.034 %."""
-    name = "prob40"
+    or weights to 0.034 %, or sorted curves (`edges` set)."""
+    name = "prob40" if edges is None else "curve8"
     if rounds is not None:
         small, large = ("raw24", "raw40") if temperature == 1 else ("ratio32", "ratio48")
         name = small if rounds <= 64 and logit_width <= 2**18 else large
-    return codec_spec(name, logit_width=logit_width, rounds=rounds, temperature=temperature, normalize=normalize)
+    weighing = {"temperature": temperature, "normalize": normalize, "edges": edges}
+    return codec_spec(name, logit_width=logit_width, rounds=rounds, **weighing)  # type: ignore[arg-type]
 
 
 def codec_spec(
-    name: str, *, logit_width: int, rounds: int | None, temperature: float = 1.0, normalize: bool = True
+    name: str,
+    *,
+    logit_width: int,
+    rounds: int | None,
+    temperature: float = 1.0,
+    normalize: bool = True,
+    edges: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """The spec of a codec, with those of the parameters that it takes; RecipeError when they do not fit it."""
-    given = {"rounds": rounds, "temperature": float(temperature), "normalize": normalize}
+    given = {
+        "rounds": rounds,
+        "temperature": float(temperature),
+        "normalize": normalize,
+        "edges": edges and list(edges),
+    }
     keys = _KEYS[CODECS[name].holds] if name in CODECS else ()
     spec = {"name": name, "logit_width": logit_width} | {key: given[key] for key in keys}
     check_codec(spec)
@@ -131,6 +170,10 @@ def check_codec(spec: Spec) -> Codec:
         raise RecipeError(f"codec {name} holds 1 to {codec.max_rounds} rounds, but rounds={rounds!r}; {_other(codec)}")
     if codec.holds == IMPORTANCE:
         _check_weighting(name, spec)
+    if codec.holds == CURVES and not are_edges(spec["edges"], width):
+        raise RecipeError(
+            f"codec {name} needs edges, ranks ascending from 0 to logit_width={width}, but edges={spec['edges']!r:.80}"
+        )
     return codec
 
 
@@ -156,9 +199,19 @@ def _within(value: Any, most: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
 
 
+def codec_engine(spec: Spec) -> dict[str, str]:
+    """What a shard's header says of the library that compressed it: nothing for codecs that use none."""
+    return {"zstd": zstd_version()} if CODECS[spec["name"]].ranked else {}
+
+
 def encode(flat: FlatTargets, spec: Spec) -> bytes:
     """The targets as bytes. MismatchError when they are not what the spec says (rounds, ids too wide)."""
     codec = check_codec(spec)
+    _check_targets(flat, codec, spec)
+    return codec.encode(flat, spec)
+
+
+def _check_targets(flat: FlatTargets, codec: Codec, spec: Spec) -> None:
     _check_kind(flat, codec, spec)
     if len(flat.ids) and int(flat.ids.max()) >= spec["logit_width"]:
         at = int(np.argmax(flat.ids))
@@ -166,14 +219,14 @@ def encode(flat: FlatTargets, spec: Spec) -> bytes:
             f"supervised position {flat.positions[at]} has id {flat.ids[at]}, but "
             f"logit_width={spec['logit_width']}; the targets are of another vocabulary"
         )
-    return codec.encode(flat, spec)
 
 
 def _check_kind(flat: FlatTargets, codec: Codec, spec: Spec) -> None:
     held = WEIGHTS if flat.rounds is None else COUNTS if flat.importance is None else IMPORTANCE
+    held = held if flat.curve is None else CURVES
     way_out = (
-        "counts need raw24, raw40 or paper24, importance draws ratio32 or ratio48, weights prob24 or prob40 "
-        "(the rounds are the cache's)"
+        "counts need split, raw24, raw40 or paper24, importance draws ratio32 or ratio48, weights prob24 or prob40, "
+        "sorted curves curve8 (the rounds are the cache's)"
     )
     if flat.rounds != spec.get("rounds"):
         raise MismatchError(
@@ -187,10 +240,14 @@ def _check_kind(flat: FlatTargets, codec: Codec, spec: Spec) -> None:
 def decode(data: bytes, positions: int, spec: Spec) -> FlatTargets:
     """The targets of `positions` positions. FormatError for bytes that no encoder writes."""
     flat = check_codec(spec).decode(data, positions, spec)
+    _check_ids(flat, spec)
+    return flat
+
+
+def _check_ids(flat: FlatTargets, spec: Spec) -> None:
     bad = np.flatnonzero(flat.ids >= spec["logit_width"])
     if len(bad):
         refuse(flat.positions[bad[0]], f"id {flat.ids[bad[0]]}, but logit_width={spec['logit_width']}")
-    return flat
 
 
 # --- one row --------------------------------------------------------------------------------------------
@@ -201,12 +258,14 @@ def id_bytes(logit_width: int) -> int:
     return 2 if logit_width <= 2**16 else 3 if logit_width <= 2**24 else 4
 
 
-def encode_row(input_ids: Array, flat: FlatTargets, supervised: Array, spec: Spec) -> bytes:
-    """A row's block: its [L] input ids, then the coded targets of its supervised positions.
+def encode_row(input_ids: Array, flat: FlatTargets, supervised: Array, spec: Spec, ranks: Array | None = None) -> bytes:
+    """A row's block: its [L] input ids, then the coded targets of its supervised positions (`split`: both mixed).
 
     Position p (0 .. L-2) is supervised iff `supervised[p + 1]`, for target p is the distribution of token
-    p + 1; `flat` has one entry per supervised position, in order.
+    p + 1; `flat` has one entry per supervised position, in order. `ranks` [V] gives every id another number in the
+    block; the reader needs its inverse.
     """
+    codec = check_codec(spec)
     expected, width = int(np.count_nonzero(supervised[1:])), spec["logit_width"]
     if len(flat.sizes) != expected:
         raise MismatchError(
@@ -218,15 +277,33 @@ def encode_row(input_ids: Array, flat: FlatTargets, supervised: Array, spec: Spe
             f"input ids span {input_ids.min()}..{input_ids.max()}, but logit_width={width}; "
             "the rows are of another vocabulary"
         )
-    return pack(input_ids, id_bytes(width)) + encode(flat, spec)
+    _check_targets(flat, codec, spec)
+    if ranks is not None:
+        input_ids, flat = ranks[input_ids], replace(flat, ids=ranks[flat.ids])
+    if codec.encode_row is not None:
+        return codec.encode_row(input_ids, flat, supervised.astype(bool), spec)
+    return pack(input_ids, id_bytes(width)) + codec.encode(flat, spec)
 
 
-def decode_row(block: bytes, seq_len: int, supervised: Array, spec: Spec) -> tuple[Array, FlatTargets]:
-    """input_ids [L] uint32 and the targets of the supervised positions; FormatError for damaged bytes."""
-    head, width = seq_len * id_bytes(spec["logit_width"]), spec["logit_width"]
-    if len(block) < head:
-        raise FormatError(f"the block has {len(block)} bytes, its {seq_len} input ids need {head}")
-    input_ids = unpack(block[:head], id_bytes(width))
+def decode_row(
+    block: bytes, seq_len: int, supervised: Array, spec: Spec, ids: Array | None = None
+) -> tuple[Array, FlatTargets]:
+    """input_ids [L] uint32 and the targets of the supervised positions; FormatError for damaged bytes.
+
+    `ids` [V] is the id of each number in the block, where they were given others.
+    """
+    codec = check_codec(spec)
+    input_ids, flat = (codec.decode_row or _decode_plain_row)(block, seq_len, supervised.astype(bool), spec)
+    width = spec["logit_width"]
     if seq_len and int(input_ids.max()) >= width:
         raise FormatError(f"input id {input_ids.max()}, but logit_width={width}; the file is damaged")
-    return input_ids, decode(block[head:], int(np.count_nonzero(supervised[1:])), spec)
+    _check_ids(flat, spec)
+    return (input_ids, flat) if ids is None else (ids[input_ids], replace(flat, ids=ids[flat.ids]))
+
+
+def _decode_plain_row(block: bytes, seq_len: int, supervised: Array, spec: Spec) -> tuple[Array, FlatTargets]:
+    head = seq_len * id_bytes(spec["logit_width"])
+    if len(block) < head:
+        raise FormatError(f"the block has {len(block)} bytes, its {seq_len} input ids need {head}")
+    input_ids = unpack(block[:head], id_bytes(spec["logit_width"]))
+    return input_ids, CODECS[spec["name"]].decode(block[head:], int(np.count_nonzero(supervised[1:])), spec)

@@ -5,7 +5,7 @@ Shapes: L tokens of a row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +13,10 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from .codec import FlatTargets, decode_row, encode_row
+from .codec import CODECS, FlatTargets, decode_row, encode_row
 from .errors import FormatError, IncompleteError, MismatchError, SparseKDError
 from .files import file_size, join, list_folder, read_file, sha256_file
+from .id_ranks import IdRanks, id_ranks
 from .manifest import (
     MANIFEST,
     CacheSpec,
@@ -53,7 +54,14 @@ class RowRecord:
     supervised: Array
 
 
-def encode_record(record: RowRecord, spec: CacheSpec, row: int) -> tuple[ShardRow, Json]:
+def shard_ranks(records: Sequence[RowRecord], spec: CacheSpec) -> IdRanks | None:
+    """The ranks of a shard's ids, when the codec wants frequent ids to be small numbers."""
+    if not CODECS[spec.codec["name"]].ranked:
+        return None
+    return id_ranks((record.targets for record in records), spec.logit_width)
+
+
+def encode_record(record: RowRecord, spec: CacheSpec, row: int, ranked: IdRanks | None = None) -> tuple[ShardRow, Json]:
     """The row as bytes and its statistics, counted on what a reader will get back.
 
     Raises:
@@ -68,19 +76,20 @@ def encode_record(record: RowRecord, spec: CacheSpec, row: int) -> tuple[ShardRo
             )
     supervised = record.supervised.astype(bool)
     try:
-        block = encode_row(record.input_ids, record.targets, supervised, spec.codec)
+        block = encode_row(record.input_ids, record.targets, supervised, spec.codec, ranked.ranks if ranked else None)
     except MismatchError as error:
         raise MismatchError(f"row {row}: {error}") from None
-    input_ids, targets = decode_row(block, spec.seq_len, supervised, spec.codec)
+    ids = ranked.ids if ranked else None
+    input_ids, targets = decode_row(block, spec.seq_len, supervised, spec.codec, ids)
     starts = record.starts.astype(bool)
-    stored = ShardRow(block=block, input_hash=hash_ids(input_ids), starts=starts, supervised=supervised)
+    stored = ShardRow(block=block, input_hash=hash_ids(input_ids), starts=starts, supervised=supervised, ids=ids)
     return stored, row_stats(input_ids, targets, supervised, len(block))
 
 
 def decode_record(row: ShardRow, spec: CacheSpec, where: str) -> RowRecord:
     """The inverse of `encode_record`; FormatError, beginning with `where`, for bytes no encoder writes."""
     try:
-        input_ids, targets = decode_row(row.block, spec.seq_len, row.supervised, spec.codec)
+        input_ids, targets = decode_row(row.block, spec.seq_len, row.supervised, spec.codec, row.ids)
     except FormatError as error:
         raise FormatError(f"{where}: {error}") from None
     return RowRecord(input_ids=input_ids, targets=targets, starts=row.starts, supervised=row.supervised)
@@ -115,6 +124,9 @@ def checked_header(reader: ShardReader, spec: CacheSpec, shard: int) -> Json:
         )
     if reader.header["shard"] != shard:
         raise FormatError(f"{reader.path}: holds shard {reader.header['shard']}, expected {shard}; renamed?")
+    if reader.ranked != CODECS[spec.codec["name"]].ranked:
+        has = "an" if reader.ranked else "no"
+        raise FormatError(f"{reader.path}: has {has} id_rank, which codec {spec.codec['name']} does not allow")
     return reader.header
 
 

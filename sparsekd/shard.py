@@ -3,6 +3,7 @@
     header   canonical JSON, see cache.py           offsets     i64 [R + 1]  where each block starts
     payload  u8   the blocks, one after another     crc32c      u32 [R]      over everything a row depends on
     starts, supervised  u8 [R, ceil(L / 8)] bits    input_hash  u64 [R]      of the row's input ids
+    id_rank  u32 [F]  some codecs: frequent ids, see id_ranks.py
 
 Reading trusts nothing. The container is parsed here, not by the safetensors library, so that a row is one
 range request over fsspec too.
@@ -25,12 +26,14 @@ from numpy.typing import NDArray
 
 from .errors import FormatError, VersionError
 from .files import Source, canonical_json, open_source, strict_json, write_atomically
+from .id_ranks import ids_of_ranks
 
 Array = NDArray[Any]
 
 FORMAT = "sparsekd-cache"
 FORMAT_VERSION = 1
 MAX_HEADER = 16 * 2**20  # a hostile length field must not make us read more than this
+_MOST_RANKED = 2**24  # logits of a shard with an id_rank: a reader allocates that many ids
 _KEY = "sparsekd"
 _DTYPES = {
     "payload": "U8",
@@ -40,17 +43,23 @@ _DTYPES = {
     "starts": "U8",
     "supervised": "U8",
 }
+_OPTIONAL = {"id_rank": "U32"}
+_INDEX = ("offsets", "crc32c", "input_hash")
 _ITEM_BYTES = {"U8": 1, "U32": 4, "I64": 8, "U64": 8}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardRow:
-    """One row as a shard keeps it: `block` bytes, `input_hash` of its ids, and [L] bool masks."""
+    """One row as a shard keeps it: `block` bytes, `input_hash` of its ids, and [L] bool masks.
+
+    `ids` [V] is the id of each number in the block, in a shard with an id_rank; all its rows share it.
+    """
 
     block: bytes
     input_hash: int
     starts: Array
     supervised: Array
+    ids: Array | None = None
 
 
 # --- bytes that are the same everywhere -------------------------------------------------------------------
@@ -68,16 +77,21 @@ def _row_crc(index: int, starts: bytes, supervised: bytes, block: bytes) -> int:
     return crc
 
 
-def _index_crc(header: dict[str, Any], offsets: bytes, crcs: bytes, hashes: bytes) -> int:
-    crc: int = crc32c(hashes, crc32c(crcs, crc32c(offsets, crc32c(canonical_json(header)))))
+def _index_crc(header: dict[str, Any], *index: bytes) -> int:
+    """crc32c over the header, offsets, crc32c, input_hash and, where there is one, id_rank."""
+    crc: int = crc32c(canonical_json(header))
+    for part in index:
+        crc = crc32c(part, crc)
     return crc
 
 
 # --- writing ----------------------------------------------------------------------------------------------
 
 
-def write_shard(path: str | Path, header: dict[str, Any], rows: Iterable[ShardRow]) -> None:
-    """Writes the whole shard or nothing. The same header and rows always give the same bytes.
+def write_shard(
+    path: str | Path, header: dict[str, Any], rows: Iterable[ShardRow], id_rank: Array | None = None
+) -> None:
+    """Writes the whole shard or nothing. The same header, rows and id_rank always give the same bytes.
 
     Raises:
         StorageError: the disk is full or cannot be written; no half file is left.
@@ -87,7 +101,9 @@ def write_shard(path: str | Path, header: dict[str, Any], rows: Iterable[ShardRo
     tensors = _tensors(header["first_row"], list(rows))
     if len(tensors["crc32c"]) != header["rows"]:
         raise ValueError(f"the header says {header['rows']} rows, got {len(tensors['crc32c'])}")
-    index = [tensors[name].tobytes() for name in ("offsets", "crc32c", "input_hash")]
+    if id_rank is not None:
+        tensors["id_rank"] = np.ascontiguousarray(id_rank, "<u4")
+    index = [tensors[name].tobytes() for name in (*_INDEX, *_OPTIONAL) if name in tensors]
     # One metadata key only: the library writes several in random order.
     metadata = canonical_json({"header": header, "crc32c": _index_crc(header, *index)}).decode()
     write_atomically(path, save(tensors, {_KEY: metadata}))
@@ -142,25 +158,41 @@ class ShardReader:
             "starts": [rows, bits],
             "supervised": [rows, bits],
         }
+        shapes |= {name: None for name in _OPTIONAL if name in declared}
         spans = _spans(declared, shapes, self._source.size - data_start, self.path)
         raw = {
             name: self._source.read(data_start + begin, data_start + end)
             for name, (begin, end) in spans.items()
             if name != "payload"
         }
-        found = _index_crc(self.header, raw["offsets"], raw["crc32c"], raw["input_hash"])
+        found = _index_crc(self.header, *(raw[name] for name in (*_INDEX, *_OPTIONAL) if name in raw))
         if found != crc:
             raise FormatError(f"{self.path}: the index has crc32c {found:#010x}, recorded is {crc!r:.20}")
         self._offsets = np.frombuffer(raw["offsets"], "<i8")
         self._crcs = np.frombuffer(raw["crc32c"], "<u4")
         self._hashes = np.frombuffer(raw["input_hash"], "<u8")
+        self._ids = self._ids_of_ranks(raw["id_rank"]) if "id_rank" in raw else None
         self._bits = {name: (raw[name], bits) for name in ("starts", "supervised")}
         begin, end = spans["payload"]
         self._payload = data_start + begin
         _check_offsets(self._offsets, end - begin, self.path)
 
+    def _ids_of_ranks(self, table: bytes) -> Array:
+        width = self.header["spec"].get("logit_width")
+        if type(width) is not int or not 1 <= width <= _MOST_RANKED:
+            raise FormatError(f"{self.path}: has an id_rank, but logit_width={ascii(width)[:40]}")
+        try:
+            return ids_of_ranks(np.frombuffer(table, "<u4"), width)
+        except FormatError as error:
+            raise FormatError(f"{self.path}: {error}; the file is damaged") from None
+
     def __len__(self) -> int:
         return len(self._crcs)
+
+    @property
+    def ranked(self) -> bool:
+        """Whether the shard has an id_rank."""
+        return self._ids is not None
 
     def read_row(self, row: int) -> ShardRow:
         """Row `row` of this shard (0 .. len - 1), in one range; FormatError when its crc32c is wrong."""
@@ -181,6 +213,7 @@ class ShardReader:
             input_hash=int(self._hashes[row]),
             starts=self._mask(starts),
             supervised=self._mask(supervised),
+            ids=self._ids,
         )
 
     def _row_bits(self, name: str, row: int) -> bytes:
@@ -270,7 +303,7 @@ def _spans(
     declared: dict[str, Any], shapes: dict[str, list[int] | None], data_size: int, path: str
 ) -> dict[str, tuple[int, int]]:
     """[begin, end) of each tensor in the data: exactly the expected ones, side by side, filling the file."""
-    if set(declared) != {*_DTYPES, "__metadata__"}:
+    if set(declared) - set(_OPTIONAL) != {*_DTYPES, "__metadata__"}:
         raise FormatError(f"{path}: holds the tensors {ascii(sorted(declared))[:200]}, not a shard's")
     spans = {name: _span(name, declared[name], shape, path) for name, shape in shapes.items()}
     reached = 0
@@ -288,8 +321,9 @@ def _span(name: str, declared: Any, shape: list[int] | None, path: str) -> tuple
     if not isinstance(declared, dict) or set(declared) != {"dtype", "shape", "data_offsets"}:
         raise FormatError(f"{path}: {name} is declared as {ascii(declared)[:80]}")
     dtype, found, offsets = declared["dtype"], declared["shape"], declared["data_offsets"]
-    if dtype != _DTYPES[name]:
-        raise FormatError(f"{path}: {name} has dtype {ascii(dtype)[:40]}, expected {_DTYPES[name]}")
+    expected = (_DTYPES | _OPTIONAL)[name]
+    if dtype != expected:
+        raise FormatError(f"{path}: {name} has dtype {ascii(dtype)[:40]}, expected {expected}")
     if not _are_sizes(found) or not _are_sizes(offsets) or len(offsets) != 2:
         raise FormatError(f"{path}: {name} has shape {ascii(found)[:60]} at {ascii(offsets)[:60]}")
     if found != (shape or found[:1]) or not found:

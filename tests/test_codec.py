@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,12 @@ def flat_weights(positions):
     )
 
 
+def by_id(flat):
+    """The same targets, ids ascending in each position: what codecs that keep an order of their own compare as."""
+    order = np.lexsort((flat.ids, flat.positions))
+    return replace(flat, ids=flat.ids[order], values=flat.values[order])
+
+
 def assert_same(one, other):
     np.testing.assert_array_equal(one.ids, other.ids)
     np.testing.assert_array_equal(one.values, other.values)
@@ -65,6 +72,8 @@ GOLDEN_COUNTS = {
     "raw24": "03000c e70300 070010",
     "paper24": "030006 e70300 070008",
     "raw40": "0300300000 e703000000 0700400000",
+    # a zstd frame of raw blocks: multiples 1 1; steps of counts 2 3; ids 3, 999 (class 0x83, low byte 0x67), 7
+    "split": "16000000 28b52ffd 2007 100000 0101 100000 0203 190000 038307 67",
 }
 GOLDEN_WEIGHTS = {
     # id 999 with 1/2 and id 3 with 1/4; nothing; id 7 with 1
@@ -166,7 +175,7 @@ def test_counts_survive_exactly_or_are_refused(name, seed, positions, rounds, wi
             check_codec(spec)
         return
     flat = random_counts(np.random.default_rng(seed), positions, width, rounds)
-    assert_same(decode(encode(flat, spec), positions, spec), flat)
+    assert_same(by_id(decode(encode(flat, spec), positions, spec)), flat)
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -181,7 +190,7 @@ def test_extreme_sets_survive(name, kept):
         "last id": {0: rounds - 1, width - 1: 1},
     }[kept]
     flat, spec = flat_counts([chosen] * 3, rounds), spec_of(name, width, rounds)
-    assert_same(decode(encode(flat, spec), 3, spec), flat)
+    assert_same(by_id(decode(encode(flat, spec), 3, spec)), flat)
 
 
 @pytest.mark.parametrize("rounds", [1, 64, 128, 512, 4096])
@@ -637,7 +646,9 @@ def test_any_bytes_decode_or_are_refused(name, data, positions, rounds):
         return
     assert len(flat.sizes) == positions
     assert (flat.weights > 0).all()
-    if name in COUNTS:
+    if name == "split":  # zstd has many frames for the same content
+        assert_same(decode(encode(flat, spec), positions, spec), flat)
+    elif name in COUNTS:
         assert encode(flat, spec) == data
 
 

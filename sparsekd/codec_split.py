@@ -1,0 +1,225 @@
+"""`split`: counts, the ids of equal counts as sets, and the row's input ids where the targets do not say them.
+
+A set of g ids needs log2(g!) bits less than a list; draws have many ids of one count. So entries go by falling count,
+ids ascend where counts are equal, and only steps between ids are stored. Of the counts, those above 1 are stored as
+steps, from the smallest up; how many ids were drawn once follows from Σ counts = N. The next token is mostly among
+the ids drawn for it: a row stores which one, and spells out the others.
+
+Shapes: P supervised positions, M entries of all of them, C entries with a count above 1, L tokens of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .codec_counts import _check_sums
+from .codec_ints import MOST_VALUE, MOST_VALUES, decode_ints, encode_ints
+from .errors import FormatError, MismatchError
+from .flat import FlatTargets
+from .words import refuse
+
+Array = NDArray[Any]
+Spec = Mapping[str, Any]
+
+_BITS = 20  # of an id, of a count ; a position's number has the 24 that are left
+_LOW = 2**_BITS - 1
+_MOST_ENTRIES = MOST_VALUES // 4  # so that all values of a row fit in one list
+
+
+# --- targets --------------------------------------------------------------------------------------------
+
+
+def encode_split(flat: FlatTargets, spec: Spec) -> bytes:
+    """Four streams of integers, see docs/format.md; MismatchError when counts do not sum to the spec's rounds."""
+    return _encode(_sorted(flat, spec))
+
+
+def _encode(flat: FlatTargets) -> bytes:
+    if not len(flat.sizes):
+        return b""
+    first = np.cumsum(flat.sizes) - flat.sizes
+    many = flat.values > 1
+    multiple = _sums(many, flat.sizes)
+    counts = flat.values[np.flatnonzero(many)]
+    top, last, rest = _ends_of(multiple)
+    steps = counts - np.uint32(2)
+    steps[:-1] -= steps[1:]
+    steps[last] = counts[last] - np.uint32(2)
+    return encode_ints([multiple, steps[top], steps[rest], _id_steps(flat, first)])
+
+
+def _ends_of(sizes: Array) -> tuple[Array, Array, Array]:
+    """Indices of each position's first entry, of its last one, and of all but the first; sizes may be 0."""
+    after = np.cumsum(sizes)
+    filled = np.flatnonzero(sizes)
+    first, last = (after - sizes)[filled], after[filled] - 1
+    rest = np.ones(int(after[-1]), bool)
+    rest[first] = False
+    return first, last, np.flatnonzero(rest)  # indices, for numpy selects by masks ten times as slowly
+
+
+def _sorted(flat: FlatTargets, spec: Spec) -> FlatTargets:
+    """The same targets by falling count, then rising id; MismatchError for ids twice or counts of another sum."""
+    if max(len(flat.ids), len(flat.sizes)) > _MOST_ENTRIES:
+        raise MismatchError(f"a row has {len(flat.ids)} entries, split holds {_MOST_ENTRIES}; make rows shorter")
+    _check_sums(flat.values, flat.sizes, spec["rounds"])
+    twice = _twice(flat.ids, flat.sizes, spec["logit_width"])
+    if twice is not None:
+        raise MismatchError(f"supervised position {twice} has an id twice; add its counts up before encoding")
+    heads = (np.arange(len(flat.sizes), dtype=np.uint64) << np.uint64(2 * _BITS)) + np.uint64(2 ** (2 * _BITS))
+    keys = np.repeat(heads, flat.sizes)
+    keys -= flat.values.astype(np.uint64) << np.uint64(_BITS)
+    keys += flat.ids
+    keys.sort()
+    counts = (-(keys >> np.uint64(_BITS)).astype(np.int64)) & _LOW
+    counts[counts == 0] = 2**_BITS
+    return replace(flat, ids=(keys & np.uint64(_LOW)).astype(np.uint32), values=counts.astype(np.uint32))
+
+
+def _twice(ids: Array, sizes: Array, width: int) -> int | None:
+    """The first position that has an id twice."""
+    narrow = len(sizes) * width < 2**32  # sorts three times as fast
+    heads = (np.arange(len(sizes)) * width).astype(np.uint32 if narrow else np.uint64)
+    keys = np.repeat(heads, sizes)
+    keys += ids
+    keys.sort()
+    same = np.flatnonzero(keys[1:] == keys[:-1])
+    return int(keys[same[0]]) // width if len(same) else None
+
+
+def _run_starts(counts: Array, first: Array) -> Array:
+    """Indices of the entries that begin a run of equal counts in a position."""
+    starts = np.ones(len(counts), bool)
+    np.not_equal(counts[1:], counts[:-1], out=starts[1:])
+    starts[first] = True
+    return np.flatnonzero(starts)
+
+
+def _id_steps(flat: FlatTargets, first: Array) -> Array:
+    """[M] the id where a run of equal counts begins, else how many ids were passed over since the one before."""
+    starts = _run_starts(flat.values, first)
+    steps = flat.ids.copy()
+    steps[1:] -= flat.ids[:-1] + np.uint32(1)
+    steps[starts] = flat.ids[starts]
+    return steps
+
+
+def decode_split(data: bytes, positions: int, spec: Spec) -> FlatTargets:
+    """The inverse, entries by falling count and rising id; FormatError for bytes that no encoder writes."""
+    flat, used = _decode(data, positions, spec)
+    if used != len(data):
+        raise FormatError(f"the targets take {used} bytes of {len(data)}; the file is damaged")
+    return flat
+
+
+def _decode(data: bytes, positions: int, spec: Spec) -> tuple[FlatTargets, int]:
+    rounds = spec["rounds"]
+    if not positions:
+        empty = np.zeros(0, np.uint32)
+        return FlatTargets(ids=empty, values=empty, sizes=np.zeros(0, np.int64), rounds=rounds), 0
+    values, used = decode_ints(data, positions * (1 + 2 * min(rounds, spec["logit_width"])))
+    if len(values) < positions:
+        raise FormatError(f"{len(values)} values cannot hold {positions} sizes; the file is damaged")
+    multiple = values[:positions].astype(np.int64)
+    total = int(multiple.sum())
+    if total > len(values) - positions:
+        raise FormatError(f"{total} counts do not fit in {len(values) - positions} values; the file is damaged")
+    counts = _counts(values[positions : positions + total], multiple)
+    single = rounds - _sums(counts, multiple)
+    if int(single.min()) < 0:
+        refuse(int(np.argmin(single)), f"counts that sum to more than {rounds}")
+    sizes, steps = multiple + single, values[positions + total :]
+    if int(sizes.sum()) != len(steps):
+        raise FormatError(f"the sizes sum to {sizes.sum()}, {len(steps)} ids follow; the file is damaged")
+    first = np.cumsum(sizes) - sizes
+    everything = np.ones(len(steps), np.uint32)
+    everything[np.arange(total) + np.repeat(np.cumsum(single) - single, multiple)] = counts
+    ids = _ids(steps, _run_starts(everything, first), rounds)
+    _check_ids(ids, sizes, spec["logit_width"])
+    ids = ids.astype(np.uint32, copy=False)
+    return FlatTargets(ids=ids, values=everything, sizes=sizes, rounds=rounds), used
+
+
+def _counts(steps: Array, multiple: Array) -> Array:
+    """[C] int64 counts above 1 from the steps between them: first every position's largest, then the others."""
+    top, last, rest = _ends_of(multiple)
+    placed = np.empty(len(steps), np.int64)
+    placed[top], placed[rest] = steps[: len(top)], steps[len(top) :]
+    running = np.cumsum(placed)
+    counts: Array = np.repeat(running[last] + 2, last - top + 1) - running + placed
+    return counts
+
+
+def _sums(values: Array, sizes: Array) -> Array:
+    """[P] the sum of each position's values."""
+    running = np.concatenate([[0], np.cumsum(values)])
+    after = np.cumsum(sizes)
+    sums: Array = running[after] - running[after - sizes]
+    return sums
+
+
+def _ids(steps: Array, starts: Array, rounds: int) -> Array:
+    """[M] ids: the running sum of each run; one sum over all, whose runs begin by taking back the one before."""
+    # A run's own sum must not wrap around; what the runs before it left may, and cancels.
+    wide = np.uint32 if rounds * MOST_VALUE < 2**32 else np.uint64
+    rises = steps + wide(1)
+    rises[starts] -= wide(1)
+    running = np.cumsum(rises, dtype=wide)
+    own = np.diff(running[starts[1:] - 1], prepend=wide(0))  # the last id of each run but the last
+    rises[starts[1:]] -= own
+    return np.cumsum(rises, dtype=wide, out=running)
+
+
+def _check_ids(ids: Array, sizes: Array, width: int) -> None:
+    """FormatError for an id beyond the vocabulary or twice in a position."""
+    if len(ids) and int(ids.max()) >= width:
+        position = np.searchsorted(np.cumsum(sizes), int(np.argmax(ids)), side="right")
+        refuse(int(position), f"id {ids.max()}, but logit_width={width}")
+    twice = _twice(ids.astype(np.uint32, copy=False), sizes, width)
+    if twice is not None:
+        refuse(twice, "an id twice")
+
+
+# --- a row ----------------------------------------------------------------------------------------------
+
+
+def encode_split_row(input_ids: Array, flat: FlatTargets, supervised: Array, spec: Spec) -> bytes:
+    """The targets, then which of its ids each next token is, then the input ids that this does not say."""
+    flat = _sorted(flat, spec)
+    at = np.flatnonzero(flat.matches(input_ids[1:][supervised[1:]]))
+    owners = flat.positions[at]
+    slots = np.zeros(len(flat.sizes), np.int64)
+    slots[owners] = at - (np.cumsum(flat.sizes) - flat.sizes)[owners] + 1
+    return _encode(flat) + encode_ints([slots, input_ids[~_told(slots, supervised)]])
+
+
+def decode_split_row(block: bytes, seq_len: int, supervised: Array, spec: Spec) -> tuple[Array, FlatTargets]:
+    """input_ids [L] uint32 and the targets of the supervised positions."""
+    positions = int(np.count_nonzero(supervised[1:]))
+    flat, used = _decode(block, positions, spec)
+    values, taken = decode_ints(block[used:], positions + seq_len)
+    if used + taken != len(block):
+        raise FormatError(f"a row takes {used + taken} bytes of {len(block)}; the file is damaged")
+    slots, spelled = values[:positions].astype(np.int64), values[positions:]
+    wrong = np.flatnonzero(slots > flat.sizes[: len(slots)])
+    if len(wrong):
+        refuse(int(wrong[0]), f"entry {slots[wrong[0]]} of {flat.sizes[wrong[0]]} as its next token")
+    told = _told(slots, supervised) if len(slots) == positions else np.zeros(seq_len, bool)
+    if len(slots) < positions or len(spelled) != seq_len - np.count_nonzero(told):
+        raise FormatError(f"{len(values)} values do not make {seq_len} input ids; the file is damaged")
+    input_ids = np.empty(seq_len, np.uint32)
+    input_ids[~told] = spelled
+    input_ids[told] = flat.ids[((np.cumsum(flat.sizes) - flat.sizes) + slots - 1)[slots > 0]]
+    return input_ids, flat
+
+
+def _told(slots: Array, supervised: Array) -> Array:
+    """[L] bool: tokens that are one of the ids of the position before them."""
+    told = np.zeros(len(supervised), bool)
+    told[1:][supervised[1:]] = slots > 0
+    return told

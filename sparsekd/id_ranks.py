@@ -1,0 +1,60 @@
+"""Short names for frequent ids: a shard's ids by falling frequency, so that a codec's small numbers are its common ids.
+
+    given = id_ranks([record.targets for record in records], logit_width)   # .table is kept in the shard
+    given.ranks[given.ids] == arange(V)
+
+The table hangs on the shard's own rows alone, so it is the same whoever makes the shard.
+
+Shapes: F ids of the table, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import FormatError
+from .flat import FlatTargets
+
+Array = NDArray[Any]
+
+# An id of the table costs 4 bytes once; a better rank saves about a bit each time it is used.
+_LEAST = 32
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IdRanks:
+    """table [F] uint32: the frequent ids, most frequent first; ids [V]: the id of each rank; ranks [V]: its inverse."""
+
+    table: Array
+    ids: Array
+    ranks: Array
+
+
+def id_ranks(targets: Iterable[FlatTargets], logit_width: int) -> IdRanks:
+    """Ranks by the number of entries; the table holds the ids that have at least 32, ties by id."""
+    uses = np.zeros(logit_width, np.int64)
+    for flat in targets:
+        uses += np.bincount(flat.ids[flat.ids < logit_width], minlength=logit_width)
+    order = np.argsort(-uses, kind="stable")
+    table = order[: int((uses >= _LEAST).sum())].astype(np.uint32)
+    ids = ids_of_ranks(table, logit_width)
+    ranks = np.empty(logit_width, np.uint32)
+    ranks[ids] = np.arange(logit_width, dtype=np.uint32)
+    return IdRanks(table=table, ids=ids, ranks=ranks)
+
+
+def ids_of_ranks(table: Array, logit_width: int) -> Array:
+    """[V] uint32: the table, then all other ids, ascending. FormatError for a table that is no such list."""
+    if len(table) and int(table.max()) >= logit_width:
+        raise FormatError(f"its id_rank names id {table.max()}, but logit_width={logit_width}")
+    rest = np.ones(logit_width, bool)
+    rest[table] = False
+    others = np.flatnonzero(rest).astype(np.uint32)
+    if len(table) + len(others) != logit_width:
+        raise FormatError(f"its id_rank names {len(table)} ids, {logit_width - len(others)} of them different")
+    return np.concatenate([table.astype(np.uint32), others])
