@@ -1,27 +1,21 @@
 """The sparse losses straight from hidden states: the head's logits exist for one chunk of rows at a time.
 
-Shapes: N positions, H hidden size, V vocabulary, K kept ids, C rows of a chunk.
+Shapes: N positions, H hidden size, V vocabulary, K kept ids, P positions that count.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparsekd.losses import CHUNK_BYTES, Mix, kept_positions, losses_, safe_labels
+from sparsekd.fused_chunks import Gradients, HeadForm, Wanted, fast_on_cpu, loss_and_gradients
+from sparsekd.fused_parallel import VocabularyShard
+from sparsekd.losses import LossWords, kept_positions, safe_labels
+from sparsekd.row_losses import LossOptions, prepare
 from sparsekd.targets import SparseTargets
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HeadForm:
-    """How hidden states become logits: z = softcap * tanh(scale * (h Wᵀ + bias) / softcap)."""
-
-    scale: float = 1.0
-    softcap: float | None = None
 
 
 def fused_linear_sparse_kl(
@@ -29,18 +23,14 @@ def fused_linear_sparse_kl(
     head_VH: Tensor,
     targets: SparseTargets | Any,
     *,
+    labels: Tensor | None = None,
     bias: Tensor | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
-    labels: Tensor | None = None,
-    ce_weight: float = 0.0,
-    temperature: float = 1.0,
-    residual: str = "none",
-    token_weights: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    num_items_in_batch: Tensor | int | None = None,
     chunk_rows: int | None = None,
+    shard: VocabularyShard | None = None,
+    accumulate_into: Tensor | None = None,
+    **options: Unpack[LossWords],
 ) -> Tensor:
     """`sparse_kl` of the head's logits, which never exist as a whole.
 
@@ -48,156 +38,216 @@ def fused_linear_sparse_kl(
 
         z = scale * (hidden @ head.T + bias)
         z = softcap * tanh(z / softcap)                              # when softcap is given
-        sparse_kl(z, targets, labels=labels, ce_weight=..., ...)
+        sparse_kl(z, targets, labels=labels, **options)
 
-    Gradients are made chunk by chunk in the forward pass; beyond them the peak is about one [chunk_rows, V] float32
-    buffer (two with a softcap, or with both ce_weight and temperature). Products run in the dtype of `hidden` (or of
-    autocast), softmax and the gradient of the head in float32.
+    Gradients are made chunk by chunk in the forward pass; beyond them the peak is one [chunk_rows, V] buffer in the
+    products' dtype, for every option. Products run in the dtype of `hidden` (or of autocast; in float32 on a CPU that
+    has no instructions for that dtype), softmax and the sum of the head's gradient in float32. Ignored positions are
+    left out before the first product; on an accelerator only if `labels` are on the CPU, as nothing waits for a device.
+
+    One node under `torch.compile`; works under gradient checkpointing and DDP. No second derivative, and one backward:
+    it scales the gradients in place.
 
     Args:
         hidden: [..., H] states after the final norm.
         head_VH: [V, H] output embedding; may be frozen (its product is then skipped).
         targets: ids and weights [..., K].
+        labels, options: as in `sparse_kl`; reduction "mean" or "sum" (per-position losses need `sparse_kl`).
         bias: [V] of the head.
         scale, softcap: the model's logit multiplier and final soft-cap.
-        reduction: "mean" or "sum"; per-position losses need `sparse_kl`.
-        chunk_rows: rows of a chunk; default: about 32 MiB of float32 logits on a CPU, 256 MiB elsewhere.
-        (others: as in `sparse_kl`)
+        chunk_rows: rows of a chunk; default: 256 in float32, 1024 in 16 bits, more where V is small.
+        shard: which rows of the vocabulary `head_VH` and `bias` are, when processes share it (`fused_parallel.py`).
+        accumulate_into: [V, H] that the head's gradient is added to in the forward pass (`head.weight.grad`); autograd
+            then gives the head none. Only for a loss that is itself what `backward` is called on: a factor on it is
+            refused, as the sum is made already. Not seen by DDP.
+
+    Raises:
+        ValueError: shapes or options that do not fit together.
     """
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction={reduction!r} is not one of mean, sum; sparse_kl on logits offers 'none'")
+    settings = LossOptions(**options)
+    if settings.reduction == "none":
+        raise ValueError("reduction='none' is not one of mean, sum; sparse_kl on logits offers 'none'")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap={softcap} must be positive, or None")
     positions = hidden.shape[:-1]
     targets = SparseTargets.of(targets).to(hidden.device)
     if targets.ids.shape[:-1] != positions:
         raise ValueError(f"hidden {tuple(hidden.shape)} and targets {tuple(targets.ids.shape)} differ in positions")
-    keep = kept_positions(positions, labels, ignore_index, hidden.device)
-    mix = Mix(ce_weight=ce_weight, temperature=temperature, residual=residual)
-    flat_labels = safe_labels(labels, keep).flatten() if mix.needs_labels else None
-    if num_items_in_batch is not None:
-        items = torch.as_tensor(num_items_in_batch, device=hidden.device)
-    else:
-        items = keep.sum().clamp(min=1) if reduction == "mean" else torch.ones((), device=hidden.device)
-    flat = targets.flatten()
-    loss: Tensor = _FusedLoss.apply(
+    if accumulate_into is not None and accumulate_into.shape != head_VH.shape:
+        raise ValueError(f"accumulate_into {tuple(accumulate_into.shape)} and head {tuple(head_VH.shape)} differ")
+    # Where labels are, not where hidden states are: rows can be left out without waiting for a device.
+    keep = kept_positions(positions, labels, settings.ignore_index, hidden.device if labels is None else labels.device)
+    flat, device = targets.flatten(), hidden.device
+    step = (
         hidden.flatten(0, -2),
         head_VH,
         bias,
         flat.ids,
         flat.weights,
-        flat_labels,
-        keep.flatten(),
-        items,
-        None if token_weights is None else token_weights.to(hidden.device).flatten(),
-        mix,
-        HeadForm(scale=scale, softcap=softcap),
-        chunk_rows,
+        safe_labels(labels, keep).flatten() if settings.needs_labels else None,
+        None if labels is None else keep.flatten(),
+        _items(settings, keep).to(device, non_blocking=True),
+        None if settings.token_weights is None else settings.token_weights.to(device).flatten(),
+        [settings.ce_weight, settings.temperature, settings.z_loss, scale, 0.0 if softcap is None else softcap],
+        settings.residual,
+        chunk_rows or 0,
+        _compute_dtype(hidden),
+        [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, head_VH, bias)],
     )
+    if shard is None and accumulate_into is None:
+        loss: Tensor = _fused_loss(*step)[0]
+    else:
+        loss = _DirectLoss.apply(*step, shard, accumulate_into)
     return loss
 
 
-class _FusedLoss(torch.autograd.Function):
-    """Σ losses / items; the gradients are ready when forward returns and only scaled in backward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_NH: Tensor,
-        head_VH: Tensor,
-        bias: Tensor | None,
-        ids: Tensor,
-        weights: Tensor,
-        labels: Tensor | None,
-        keep: Tensor,
-        items: Tensor,
-        token_weights: Tensor | None,
-        mix: Mix,
-        form: HeadForm,
-        chunk_rows: int | None,
-    ) -> Tensor:
-        want = ctx.needs_input_grad[:3]
-        rows = keep.nonzero()[:, 0]  # ignored positions cost nothing
-        compute = _compute_dtype(hidden_NH)
-        working = torch.promote_types(compute, torch.float32)
-        head = head_VH.to(compute)
-        grad_hidden = torch.zeros_like(hidden_NH) if want[0] else None
-        grad_head = torch.zeros(head_VH.shape, dtype=working, device=head.device) if want[1] else None
-        grad_bias = torch.zeros(len(head), dtype=working, device=head.device) if want[2] else None
-        step = chunk_rows or _default_rows(head)
-        buffer = torch.empty(min(step, max(len(rows), 1)), len(head), dtype=working, device=head.device)
-        loss = torch.zeros((), dtype=working, device=head.device)
-        with torch.autocast(hidden_NH.device.type, enabled=False):
-            for start in range(0, len(rows), step):
-                part = rows[start : start + step]
-                hidden_CH = hidden_NH[part].to(compute)
-                logits_CV = _head_logits(hidden_CH, head, bias, form, buffer[: len(part)])
-                slope = None if form.softcap is None else 1 - (logits_CV / form.softcap).square_()
-                targets = SparseTargets(ids=ids[part], weights=weights[part].to(working))
-                part_labels = None if labels is None else labels[part]
-                factors = torch.ones((), dtype=working, device=head.device).expand(len(part))
-                if token_weights is not None:
-                    factors = token_weights[part].to(working)
-                each = factors / items.to(working) if any(want) else None
-                loss += (losses_(logits_CV, targets, part_labels, mix, each) * factors).sum()
-                if any(want):
-                    if slope is not None:
-                        logits_CV *= slope
-                    if form.scale != 1:
-                        logits_CV *= form.scale
-                    _accumulate(logits_CV, hidden_CH, head, part, grad_hidden, grad_head, grad_bias)
-        grads = [None if g is None else g.to(x.dtype) for g, x in ((grad_hidden, hidden_NH), (grad_head, head_VH))]
-        ctx.gradients = [*grads, None if grad_bias is None or bias is None else grad_bias.to(bias.dtype)]
-        return loss / items
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = [None if g is None else g * grad.to(g.dtype) for g in ctx.gradients]
-        return (*gradients, *[None] * 9)
+def _items(options: LossOptions, keep: Tensor) -> Tensor:
+    """What the sum of losses is divided by, as a tensor: no value is read off a device."""
+    if options.num_items_in_batch is not None:
+        return torch.as_tensor(options.num_items_in_batch)
+    return keep.sum().clamp(min=1) if options.reduction == "mean" else torch.ones(())
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
     kind = hidden.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    return torch.float32 if kind == "cpu" and not fast_on_cpu(dtype) else dtype
 
 
-def _default_rows(head_VH: Tensor) -> int:
-    budget = CHUNK_BYTES.get(head_VH.device.type, CHUNK_BYTES["cuda"])
-    return max(128, budget // (4 * len(head_VH)))
-
-
-def _head_logits(hidden_CH: Tensor, head_VH: Tensor, bias: Tensor | None, form: HeadForm, out: Tensor) -> Tensor:
-    """[C, V] logits in `out` (float32 or float64)."""
-    if out.dtype == head_VH.dtype:
-        torch.mm(hidden_CH, head_VH.T, out=out)
-    else:
-        out.copy_(hidden_CH @ head_VH.T)
-    if bias is not None:
-        out += bias
-    if form.scale != 1:
-        out *= form.scale
-    if form.softcap is not None:
-        out.div_(form.softcap).tanh_().mul_(form.softcap)
-    return out
-
-
-def _accumulate(
-    grad_CV: Tensor,
-    hidden_CH: Tensor,
+def _step(
+    hidden_NH: Tensor,
     head_VH: Tensor,
-    part: Tensor,
-    grad_hidden: Tensor | None,
-    grad_head: Tensor | None,
-    grad_bias: Tensor | None,
-) -> None:
-    """Add a chunk's gradients: dh = g W at its rows, dW += gᵀ h, db += Σ g."""
-    if grad_bias is not None:
-        grad_bias += grad_CV.sum(0)
-    narrow_CV = grad_CV.to(head_VH.dtype)
-    if grad_hidden is not None:
-        grad_hidden[part] = (narrow_CV @ head_VH).to(grad_hidden.dtype)
-    if grad_head is None:
-        return
-    if grad_head.dtype == head_VH.dtype:
-        grad_head.addmm_(narrow_CV.T, hidden_CH)
-    else:
-        grad_head += narrow_CV.T @ hidden_CH
+    bias: Tensor | None,
+    ids: Tensor,
+    weights: Tensor,
+    labels: Tensor | None,
+    keep: Tensor | None,
+    items: Tensor,
+    token_weights: Tensor | None,
+    numbers: list[float],
+    residual: str,
+    chunk_rows: int,
+    compute: torch.dtype,
+    want: list[bool],
+    shard: VocabularyShard | None = None,
+    into: Tensor | None = None,
+) -> tuple[Tensor, Gradients]:
+    """The arguments of an operator, which are numbers and tensors, as `loss_and_gradients` takes them."""
+    alpha, temperature, zeta, scale, softcap = numbers
+    options = LossOptions(ce_weight=alpha, temperature=temperature, z_loss=zeta, residual=residual)
+    device, working = hidden_NH.device, torch.promote_types(compute, torch.float32)
+    picks, factor_N = None, (1 / items.to(working)).expand(len(hidden_NH))
+    if token_weights is not None:
+        factor_N = factor_N * token_weights
+    labels = None if labels is None else labels.to(device, non_blocking=True)
+    if keep is not None and keep.device.type == "cpu":
+        found = keep.nonzero()[:, 0]
+        picks = found.to(device, non_blocking=True) if len(found) < len(keep) else None
+    elif keep is not None:
+        factor_N = factor_N * keep
+    if picks is not None:
+        ids, weights, factor_N = ids[picks], weights[picks], factor_N[picks]
+        labels = None if labels is None else labels[picks]
+    width = len(head_VH) if shard is None else shard.vocab_size
+    rows = prepare(SparseTargets(ids=ids, weights=weights), labels, options, width, working)
+    with torch.autocast(device.type, enabled=False):
+        total, gradients = loss_and_gradients(
+            hidden_NH,
+            head_VH,
+            bias,
+            rows if shard is None else shard.own(rows, len(head_VH)),
+            factor_N.to(working),
+            picks=picks,
+            form=HeadForm(scale=scale, softcap=softcap or None),
+            options=options,
+            wanted=Wanted(hidden=want[0], head=want[1], bias=want[2]),
+            compute=compute,
+            chunk_rows=chunk_rows or None,
+            merge=None if shard is None else shard.merge,
+            into=into,
+        )
+    return total, gradients
+
+
+@torch.library.custom_op("sparsekd::fused_linear_sparse_kl", mutates_args=())
+def _fused_loss(
+    hidden_NH: Tensor,
+    head_VH: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    weights: Tensor,
+    labels: Tensor | None,
+    keep: Tensor | None,
+    items: Tensor,
+    token_weights: Tensor | None,
+    numbers: list[float],
+    residual: str,
+    chunk_rows: int,
+    compute: torch.dtype,
+    want: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss and the gradients of hidden states, head and bias (empty where not wanted): one node of a graph."""
+    loss, gradients = _step(
+        hidden_NH, head_VH, bias, ids, weights, labels, keep, items, token_weights, numbers, residual, chunk_rows,
+        compute, want,
+    )  # fmt: skip
+    found = (gradients.hidden, gradients.head, gradients.bias)
+    return loss, *(hidden_NH.new_empty(0) if x is None else x for x in found)  # type: ignore[return-value]
+
+
+@_fused_loss.register_fake
+def _(hidden_NH: Tensor, head_VH: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    compute, want = rest[-2:]
+    loss = hidden_NH.new_empty((), dtype=torch.promote_types(compute, torch.float32))
+    found = [x if wanted else None for x, wanted in zip((hidden_NH, head_VH, bias), want, strict=True)]
+    return loss, *(  # type: ignore[return-value]
+        hidden_NH.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+        for x in found
+    )
+
+
+def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output[1:])
+    ctx.want, ctx.arguments = inputs[-1], len(inputs)
+
+
+def _scale_gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    found = [x if want else None for x, want in zip(ctx.saved_tensors, ctx.want, strict=True)]
+    return (*_scaled_(found, grad), *[None] * (ctx.arguments - 3))
+
+
+_fused_loss.register_autograd(_scale_gradients, setup_context=_keep_gradients)
+
+
+def _scaled_(gradients: list[Tensor | None], grad: Tensor) -> list[Tensor | None]:
+    """The gradients times `grad`, in place; a second backward is then an error of torch's, not a wrong number."""
+    return [None if x is None else x.mul_(grad) for x in gradients]
+
+
+class _DirectLoss(torch.autograd.Function):
+    """The same outside a compiled graph: with a process group to talk to, or a gradient to add to."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        shard, into = arguments[-2:]
+        ctx.arguments, ctx.into = len(arguments), into is not None
+        loss, found = _step(*arguments)
+        if shard is not None and found.hidden is not None:
+            shard.add_up(found.hidden)
+        tensors = (found.hidden, None if ctx.into else found.head, found.bias)
+        ctx.present = [x is not None for x in tensors]
+        ctx.save_for_backward(*(x for x in tensors if x is not None))
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.into:
+            torch._assert_async(  # raises at once on a CPU, without a wait on an accelerator
+                grad == 1,
+                "accumulate_into holds the gradient of the loss itself, but backward came with a factor on it; "
+                "scale with num_items_in_batch or token_weights instead",
+            )
+        saved = iter(ctx.saved_tensors)
+        found = [next(saved) if present else None for present in ctx.present]
+        return (*_scaled_(found, grad), *[None] * (ctx.arguments - 3))

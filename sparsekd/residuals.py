@@ -62,7 +62,7 @@ def ghost(targets: SparseTargets, labels: Tensor | None, vocab_size: int) -> Tre
     L = Σ_K t log(t / p) + (1 - S) log((1 - S) / (1 - P)), where P = Σ_K p. dL/dz_j = p_j - t_j for the kept ids and
     p_j (S - P) / (1 - P) for the others: they share what is missing in their own proportions.
     """
-    return Treated(ids=targets.ids, weights=targets.weights, ghost=bool((targets.weights > 0).any()))
+    return Treated(ids=targets.ids, weights=targets.weights, ghost=True)
 
 
 def label(targets: SparseTargets, labels: Tensor | None, vocab_size: int) -> Treated:

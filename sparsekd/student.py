@@ -20,7 +20,7 @@ from sparsekd.cache import CacheReader
 from sparsekd.divergences import check_divergence, check_sparse_divergence, full_divergence, sparse_divergence
 from sparsekd.errors import ModelError
 from sparsekd.fused import fused_linear_sparse_kl
-from sparsekd.losses import Mix, full_kl
+from sparsekd.losses import LossOptions, full_kl
 from sparsekd.models import body_of, check_rebuilt, head_of, inner_model
 from sparsekd.order import permute
 from sparsekd.residuals import hard_token_weights
@@ -55,7 +55,7 @@ def attach_sparse_kd(
         ModelError: prompt tuning, LoRA on the head, or a head that cannot be rebuilt from its weights.
     """
     check_sparse_divergence(divergence)
-    Mix(ce_weight=ce_weight, residual=residual)
+    LossOptions(ce_weight=ce_weight, residual=residual)
     _refuse_prompt_tuning(model)
     check_rebuilt(model)
     inner = inner_model(model)

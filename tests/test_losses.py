@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import sparsekd as skd
+from sparsekd import row_losses
 from sparsekd.targets import SparseTargets
 
 N, V, K = 13, 97, 5
@@ -157,7 +158,7 @@ def test_rows_beyond_a_chunk_change_nothing(monkeypatch):
     """Chunks are an implementation detail: one row at a time gives the same loss and gradient."""
     logits, targets, labels = example()
     whole = value_and_gradient(skd.sparse_kl, logits, targets, labels=labels, ce_weight=0.1)
-    monkeypatch.setitem(skd.losses.CHUNK_BYTES, "cpu", 1)
+    monkeypatch.setitem(row_losses.TILE_BYTES, "cpu", 1)
     single = value_and_gradient(skd.sparse_kl, logits, targets, labels=labels, ce_weight=0.1)
     torch.testing.assert_close(whole, single, atol=1e-12, rtol=0)
 

@@ -8,7 +8,7 @@ import oracles
 import pytest
 import torch
 
-from sparsekd import losses
+from sparsekd import row_losses
 from sparsekd.errors import RecipeError
 from sparsekd.sketch import SortedCurve, sorted_curve
 from sparsekd.targets import SparseTargets
@@ -58,7 +58,7 @@ def test_value_and_gradient_are_those_of_the_dense_formula(width, teacher_width)
 def test_rows_beyond_a_chunk_change_nothing(monkeypatch):
     logits, teacher = random_logits(9, 50), random_logits(9, 50, seed=1)
     whole = distance(logits, teacher)
-    monkeypatch.setitem(losses.CHUNK_BYTES, "cpu", 1)
+    monkeypatch.setitem(row_losses.TILE_BYTES, "cpu", 1)
     torch.testing.assert_close(distance(logits, teacher), whole, atol=0, rtol=0)
 
 

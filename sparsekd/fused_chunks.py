@@ -1,0 +1,235 @@
+"""A head's products, chunk by chunk of rows: loss and gradients, made in one [C, V] buffer.
+
+Shapes: N rows, C rows of a chunk, H hidden size, V vocabulary (of this process), K kept ids.
+
+    logits_CV = hidden_CH @ head_VH.T;   row_losses turns them into g = dloss/dlogits in place;
+    dhidden_CH = g @ head_VH;            dhead_VH += g.T @ hidden_CH
+
+Three products and no more: gradients are made with the forward pass. The rows of `row_losses` are worked on in float32
+tiles that stay in a CPU's cache, so that what is not a product costs one trip through the buffer.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from sparsekd.row_losses import LossOptions, Rows, Seen, read_, row_chunks, write_
+
+# Rows of a chunk: enough that reading and writing dhead once a chunk is small beside the products.
+CHUNK_ROWS = {torch.float32: 256, torch.float64: 256, torch.bfloat16: 1024, torch.float16: 1024}
+CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
+# A block of dhead's rows in 16 bits, before it is added in float32: stays in a CPU's cache.
+BLOCK_BYTES = {"cpu": 2**20, "cuda": 64 * 2**20}
+
+# What sums the passes' findings over processes that hold other parts of the vocabulary, see `fused_parallel`.
+Merge = Callable[[list[Seen], float], list[Seen]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadForm:
+    """How hidden states become logits: z = softcap * tanh(scale * (h Wᵀ + bias) / softcap)."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wanted:
+    """Which gradients to make."""
+
+    hidden: bool
+    head: bool
+    bias: bool
+
+    @property
+    def any(self) -> bool:
+        return self.hidden or self.head or self.bias
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gradients:
+    """d Σ losses of hidden_NH, head_VH and bias_V; None where not wanted."""
+
+    hidden: Tensor | None
+    head: Tensor | None
+    bias: Tensor | None
+
+
+def loss_and_gradients(
+    hidden_NH: Tensor,
+    head_VH: Tensor,
+    bias: Tensor | None,
+    rows: Rows,
+    scale_N: Tensor,
+    *,
+    picks: Tensor | None,
+    form: HeadForm,
+    options: LossOptions,
+    wanted: Wanted,
+    compute: torch.dtype,
+    chunk_rows: int | None = None,
+    merge: Merge | None = None,
+    into: Tensor | None = None,
+) -> tuple[Tensor, Gradients]:
+    """Σ scale_N * losses and its gradients.
+
+    Args:
+        rows, scale_N: of the picked rows.
+        picks: [P] the rows of `hidden_NH` that count, or None for all of them.
+        compute: dtype of the products; softmax, loss and the sum of head gradients are float32 (or float64).
+        merge: sums over processes, for a head that is split by vocabulary.
+        into: [V, H] where the head's gradient is added to, instead of a new tensor.
+    """
+    head, working = head_VH.to(compute), torch.promote_types(compute, torch.float32)
+    step = chunk_rows or default_rows(head)
+    total = torch.zeros((), dtype=working, device=head.device)
+    grad_hidden = None
+    if wanted.hidden:
+        grad_hidden = torch.empty_like(hidden_NH) if picks is None else torch.zeros_like(hidden_NH)
+    grad_head = _HeadGradient(head_VH, compute, single=len(rows) <= step, into=into) if wanted.head else None
+    grad_bias = torch.zeros(len(head), dtype=working, device=head.device) if wanted.bias else None
+    for part in _parts(len(rows), step):
+        chosen = part if picks is None else picks[part]
+        hidden_CH = hidden_NH[chosen].to(compute)
+        logits_CV = torch.mm(hidden_CH, head.T, out=workspace(len(hidden_CH), head))
+        scale = scale_N[part] if wanted.any else None
+        losses = chunk_losses_(logits_CV, rows[part], scale, bias, form, options, merge)
+        total += (losses * scale_N[part]).sum()
+        if grad_bias is not None:
+            grad_bias += logits_CV.sum(0, dtype=working)
+        if grad_hidden is not None:
+            grad_hidden[chosen] = torch.mm(logits_CV, head).to(hidden_NH.dtype)
+        if grad_head is not None:
+            grad_head.add_(logits_CV, hidden_CH)
+    return total, Gradients(
+        hidden=grad_hidden,
+        head=None if grad_head is None else grad_head.result(),
+        bias=None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
+    )
+
+
+def chunk_losses_(
+    logits_CV: Tensor,
+    rows: Rows,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    form: HeadForm,
+    options: LossOptions,
+    merge: Merge | None = None,
+) -> Tensor:
+    """Losses [C] of a chunk's products h Wᵀ; overwrites them with `scale` [C] times the loss's derivative by them."""
+    working, parts = rows.mass.dtype, list(row_chunks(logits_CV))
+    losses = torch.empty_like(rows.mass)
+
+    def read(part: slice) -> tuple[Tensor, Tensor | None, Seen]:
+        tile = logits_CV[part].to(working)  # the same memory when it is float32 already
+        slope = _apply_(tile, bias, form)
+        return tile, slope, read_(tile, rows[part], options)
+
+    def write(part: slice, tile: Tensor, slope: Tensor | None, seen: Seen) -> None:
+        losses[part] = write_(tile, rows[part], seen, options, None if scale is None else scale[part])
+        if scale is None:
+            return
+        if slope is not None:
+            tile *= slope
+        elif form.scale != 1:
+            tile *= form.scale
+        if logits_CV.dtype != working:
+            logits_CV[part] = tile
+
+    if merge is None:
+        for part in parts:
+            write(part, *read(part))
+        return losses
+    tiles, slopes, seens = zip(*map(read, parts), strict=True)
+    for part, tile, slope, seen in zip(parts, tiles, slopes, merge(list(seens), options.temperature), strict=True):
+        write(part, tile, slope, seen)
+    return losses
+
+
+def _apply_(tile_CV: Tensor, bias: Tensor | None, form: HeadForm) -> Tensor | None:
+    """The head's form on a tile of products; returns the soft-cap's slope (with `scale` in it) where there is one."""
+    if bias is not None:
+        tile_CV += bias
+    if form.softcap is None:
+        if form.scale != 1:
+            tile_CV *= form.scale
+        return None
+    tile_CV.mul_(form.scale / form.softcap).tanh_()
+    slope = tile_CV.square().neg_().add_(1).mul_(form.scale)
+    tile_CV *= form.softcap
+    return slope
+
+
+class _HeadGradient:
+    """Σ over chunks of gᵀ h, summed in float32 (float64) whatever the products' dtype."""
+
+    def __init__(self, head_VH: Tensor, compute: torch.dtype, *, single: bool, into: Tensor | None) -> None:
+        working = torch.promote_types(compute, torch.float32)
+        dtype = compute if single and head_VH.dtype == compute else working
+        self.dtype, self.started = head_VH.dtype, into is not None
+        self.total = torch.empty(head_VH.shape, dtype=dtype, device=head_VH.device) if into is None else into
+
+    def add_(self, grad_CV: Tensor, hidden_CH: Tensor) -> None:
+        if self.total.dtype == grad_CV.dtype:
+            torch.addmm(self.total, grad_CV.T, hidden_CH, beta=int(self.started), out=self.total)
+        else:
+            for block in _parts(len(self.total), _block_rows(self.total)):
+                product = torch.mm(grad_CV[:, block].T, hidden_CH)
+                self.total[block] = self.total[block].add_(product) if self.started else product
+        self.started = True
+
+    def result(self) -> Tensor:
+        return self.total.to(self.dtype) if self.started else torch.zeros_like(self.total, dtype=self.dtype)
+
+
+def _parts(length: int, step: int) -> Iterator[slice]:
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))
+
+
+def _block_rows(total_VH: Tensor) -> int:
+    return max(64, BLOCK_BYTES.get(total_VH.device.type, BLOCK_BYTES["cuda"]) // (2 * total_VH.shape[1]))
+
+
+def default_rows(head_VH: Tensor) -> int:
+    """Rows of a chunk for a head in the products' dtype."""
+    budget = CHUNK_BYTES.get(head_VH.device.type, CHUNK_BYTES["cuda"])
+    return max(CHUNK_ROWS[head_VH.dtype], budget // (head_VH.element_size() * len(head_VH)))
+
+
+_held = threading.local()
+
+
+def workspace(rows: int, head_VH: Tensor) -> Tensor:
+    """An uninitialised [rows, V] buffer in the head's dtype and device.
+
+    On a CPU a thread keeps its last one: fresh pages cost more than the softmax. Accelerators' allocators keep theirs.
+    """
+    width = len(head_VH)
+    if head_VH.device.type != "cpu":
+        return torch.empty(rows, width, dtype=head_VH.dtype, device=head_VH.device)
+    size, dtype = rows * width, head_VH.dtype
+    held = getattr(_held, "buffer", None)
+    if held is None or held.dtype != dtype or held.numel() < size:
+        _held.buffer = None  # freed before its successor is made
+        del held
+        held = _held.buffer = torch.empty(size, dtype=dtype)
+    return held[:size].view(rows, width)
+
+
+@cache
+def fast_on_cpu(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies matrices in `dtype`; without the instructions, float32 is several times faster."""
+    has = torch.cpu.get_capabilities()
+    names = {
+        torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
+        torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith"),
+    }
+    return dtype not in names or any(has.get(name, False) for name in names[dtype])

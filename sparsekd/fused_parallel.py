@@ -1,0 +1,79 @@
+"""A head whose vocabulary is split over processes: each holds V / world rows, and no process sees the others' logits.
+
+Shapes: C rows of a chunk, J reads of a row. What travels is one all-gather a chunk of a few numbers a row
+(largest logit, sum of exponentials, Σ sparse z) and, once a step, the sum of dhidden.
+
+    shard = VocabularyShard(group=group, start=rank * V // world, vocab_size=V)
+    fused_linear_sparse_kl(hidden, own_rows_of_head, targets, shard=shard)        # the same loss in every process
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sparsekd.row_losses import Rows, Seen
+
+# What is known of a row after one pass over its logits, and travels.
+NUMBERS = ("largest", "total", "dot", "hard_total", "rest")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class VocabularyShard:
+    """Which ids a process's rows of the head are.
+
+    All processes of the group pass the same hidden states and targets; each gets the whole loss, the whole gradient of
+    the hidden states and the gradient of its own rows.
+
+    Attributes:
+        group: process group over which the vocabulary is split; None for the default group.
+        start: id of the first own row.
+        vocab_size: V of all processes together.
+    """
+
+    start: int
+    vocab_size: int
+    group: Any = None
+
+    def own(self, rows: Rows, count: int) -> Rows:
+        """`rows` with what the own ids [start, start + count) have: others' entries count 0; sums stay those of all."""
+        if self.start < 0 or self.start + count > self.vocab_size:
+            raise ValueError(
+                f"own rows [{self.start}, {self.start + count}) lie outside the vocabulary [0, {self.vocab_size})"
+            )
+        own = (rows.ids >= self.start) & (rows.ids < self.start + count)
+        return replace(
+            rows,
+            ids=(rows.ids - self.start).where(own, torch.zeros_like(rows.ids)),
+            sparse=rows.sparse * own,
+            kept=None if rows.kept is None else rows.kept & own,
+        )
+
+    def merge(self, seens: list[Seen], temperature: float) -> list[Seen]:
+        """The findings of all tiles of a chunk, over all processes: one all-gather of [C, 3 to 5] numbers."""
+        names = [name for name in NUMBERS if getattr(seens[0], name) is not None]
+        own_NC = torch.stack([torch.cat([getattr(seen, name) for seen in seens]) for name in names])
+        parts = [torch.empty_like(own_NC) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(parts, own_NC, group=self.group)
+        found = [dict(zip(names, part, strict=True)) for part in parts]
+        whole = {name: torch.stack([part[name] for part in found]) for name in names}
+        largest = whole["largest"].amax(0)
+        hard = (whole["largest"] - largest).exp()
+        soft = hard if temperature == 1 else ((whole["largest"] - largest) / temperature).exp()
+        factors = {"total": soft, "rest": soft, "hard_total": hard, "dot": torch.ones_like(soft)}
+        sums = {name: (whole[name] * factors[name]).sum(0) for name in names if name != "largest"}
+        rank = dist.get_rank(self.group)
+        sizes = [len(seen.largest) for seen in seens]
+        sums |= {"largest": largest, "shrink": soft[rank], "hard_shrink": hard[rank]}
+        split = [
+            dict(zip(sums, part, strict=True)) for part in zip(*(x.split(sizes) for x in sums.values()), strict=True)
+        ]
+        return [replace(seen, **part) for seen, part in zip(seens, split, strict=True)]
+
+    def add_up(self, grad_hidden: Tensor) -> None:
+        """Sum over processes, in place."""
+        dist.all_reduce(grad_hidden, group=self.group)
