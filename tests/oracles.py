@@ -17,13 +17,14 @@ def dense_loss(
     temperature: float = 1.0,
     ignore_index: int = -100,
     entropy: bool = True,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """Losses [N] by the dense formula, for autograd to differentiate."""
     t = targets.densify(logits.shape[-1]).to(logits.dtype)
     kd = -(t * (logits / temperature).log_softmax(-1)).sum(-1)
     if entropy:
         kd = kd + torch.xlogy(t, t).sum(-1)
-    loss = (1 - ce_weight) * temperature**2 * kd
+    loss = (1 - ce_weight) * temperature**2 * kd + z_loss * logits.logsumexp(-1) ** 2
     if ce_weight:
         assert labels is not None
         loss = loss + ce_weight * F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import oracles
 import pytest
 import torch
@@ -32,6 +34,8 @@ OPTIONS = {
     "only_ce": {"ce_weight": 1.0},
     "hot": {"temperature": 2.5},
     "cold_mixed": {"temperature": 0.7, "ce_weight": 0.25},
+    "z": {"z_loss": 0.01},
+    "all": {"temperature": 1.5, "ce_weight": 0.25, "z_loss": 0.02},
 }
 LOSSES = {"sparse_kl": (skd.sparse_kl, True), "sparse_ce": (skd.sparse_ce, False)}
 
@@ -92,7 +96,7 @@ def test_zero_at_the_teacher(temperature):
     assert gradient.abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", [name for name in OPTIONS if "z_loss" not in OPTIONS[name]])
 def test_full_kl_is_sparse_kl_with_all_ids(option):
     """The dense baseline and the sparse loss are one loss when nothing is left out."""
     logits, _, labels = example()
@@ -169,6 +173,7 @@ def test_rows_beyond_a_chunk_change_nothing(monkeypatch):
         ({"ce_weight": 0.5}, "ce_weight > 0 and residual=.label. need labels"),
         ({"ce_weight": 1.5, "labels": torch.zeros(N, dtype=torch.long)}, "ce_weight=1.5 is out of range"),
         ({"temperature": 0.0}, "temperature=0.0 must be positive"),
+        ({"z_loss": -1.0}, "z_loss=-1.0 must not be negative"),
         ({"reduction": "avg"}, "reduction='avg' is not one of mean, sum, none"),
         ({"labels": torch.zeros(3, dtype=torch.long)}, r"labels \(3,\) and logits' positions \(13,\) differ"),
     ],
@@ -177,6 +182,15 @@ def test_misuse_names_the_value(change, words):
     logits, targets, _ = example()
     with pytest.raises(ValueError, match=words):
         skd.sparse_kl(logits, targets, **change)
+
+
+def test_keywords_are_the_fields_of_the_options():
+    """What a type checker accepts is what `LossOptions` has (`entropy` is a choice of function, not of the caller)."""
+    fields = {field.name for field in dataclasses.fields(row_losses.LossOptions)}
+    assert set(skd.losses.LossWords.__annotations__) == fields - {"entropy"}
+    logits, targets, _ = example()
+    with pytest.raises(TypeError, match="ce_wieght"):
+        skd.sparse_kl(logits, targets, ce_wieght=0.5)
 
 
 def test_misaligned_targets_are_refused():

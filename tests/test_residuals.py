@@ -24,7 +24,7 @@ def dense_treated(residual, targets, labels):
     }[residual]()
 
 
-def dense_loss(logits, targets, labels, residual, ce_weight=0.0, temperature=1.0):
+def dense_loss(logits, targets, labels, residual, ce_weight=0.0, temperature=1.0, z_loss=0.0):
     log_p = (logits / temperature).log_softmax(-1)
     if residual == "ghost":
         t, kept = targets.densify(V), targets.densify(V) > 0
@@ -35,14 +35,21 @@ def dense_loss(logits, targets, labels, residual, ce_weight=0.0, temperature=1.0
     else:
         t = dense_treated(residual, targets, labels)
         kd = (torch.xlogy(t, t) - t * log_p).sum(-1)
-    loss = (1 - ce_weight) * temperature**2 * kd
+    loss = (1 - ce_weight) * temperature**2 * kd + z_loss * logits.logsumexp(-1) ** 2
     if ce_weight:
         loss = loss + ce_weight * F.cross_entropy(logits, labels, reduction="none")
     return loss * (labels != -100)
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"ce_weight": 0.3}, {"temperature": 2.0}, {"ce_weight": 0.3, "temperature": 2.0}]
+    "options",
+    [
+        {},
+        {"ce_weight": 0.3},
+        {"temperature": 2.0},
+        {"ce_weight": 0.3, "temperature": 2.0, "z_loss": 0.01},
+        {"ce_weight": 0.2, "z_loss": 0.01},
+    ],
 )
 @pytest.mark.parametrize("residual", RESIDUALS)
 def test_gradient_is_that_of_the_dense_formula(residual, options):
@@ -68,6 +75,14 @@ def test_ghost_token_closed_form():
     inside = (p * kept).sum(-1, keepdim=True)
     by_hand = torch.where(kept, p - t, p * (0.7 - inside) / (1 - inside))
     torch.testing.assert_close(gradient, by_hand, atol=1e-12, rtol=0)
+
+
+def test_ghost_token_of_targets_above_one_is_the_plain_loss():
+    """Where the targets sum to 1.7 nothing is missing: dL/dz = S p - t."""
+    logits, targets, _ = example(mass=1.7)
+    plain = value_and_gradient(skd.sparse_kl, logits, targets, reduction="sum")
+    ghost = value_and_gradient(skd.sparse_kl, logits, targets, residual="ghost", reduction="sum")
+    torch.testing.assert_close(ghost, plain, atol=1e-12, rtol=0)
 
 
 def test_ghost_token_stays_exact_when_the_student_puts_nearly_all_inside():
