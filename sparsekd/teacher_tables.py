@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import io
+import ast
 import json
-import tokenize
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,7 @@ TABLE11_PAPER = {"CE": (2.99,), ORIGINAL: (2.98,), ADAPTED: (2.96,)}
 def table11(folder: Path, settings: Settings) -> Result:
     """Students under a teacher of other text, and under the same one fine-tuned on the student's text (6.2)."""
     lab = lab_of(folder, settings)
-    original = lab.teacher() if settings.teacher else prose_teacher(lab)
+    original = lab.teacher() if settings.teacher else other_teacher(lab)
     teachers = {ORIGINAL: original, ADAPTED: adapted_teacher(lab, original, own=not settings.teacher)}
     outcomes = {"CE": lab.run([CE])[0]}
     outcomes |= {label: lab.run([drawn(50, label)], teacher=path)[0] for label, path in teachers.items()}
@@ -154,8 +154,9 @@ def _history(lab: Lab, settings: Settings) -> str:
     if settings.teacher:
         return f"The original is {settings.teacher}, adapted for {_adapt_steps(lab)} steps."
     return (
-        f"The original was trained for {lab.settings.teacher_steps} steps on the comments and docstrings of the "
-        f"standard library (held-out files left out), and adapted for {_adapt_steps(lab)} steps on its code."
+        f"The original was trained for {lab.settings.teacher_steps} steps on the standard library printed anew from "
+        "its syntax trees (no comments, other quotes and line breaks; held-out files left out), and adapted for "
+        f"{_adapt_steps(lab)} steps on the real files."
     )
 
 
@@ -185,7 +186,6 @@ def adapted_teacher(lab: Lab, teacher: str, *, own: bool) -> str:
     from sparsekd.adapt import adapt
 
     s, out = lab.settings, lab.folder / "adapted"
-    rate = {"learning_rate": s.learning_rate / 3} if own else {}
     if not (out / "adapt.json").exists():
         lab.say(f"  lab: adapting {teacher}, {_adapt_steps(lab)} steps")
         adapt(
@@ -196,24 +196,24 @@ def adapted_teacher(lab: Lab, teacher: str, *, own: bool) -> str:
             batch_size=s.batch_size,
             device=s.device,
             dtype=s.dtype,
+            learning_rate=s.learning_rate / 3 if own else 1e-5,
             progress=False,
-            **rate,
         )
     return str(out)
 
 
-def prose_teacher(lab: Lab) -> str:
-    """A teacher of the lab's size and tokenizer that was trained on prose alone."""
+def other_teacher(lab: Lab) -> str:
+    """A teacher of the lab's size and tokenizer that was trained on other text: the same code in another hand."""
     from sparsekd.train import train
 
-    s, home = lab.settings, lab.folder / "prose"
-    out, source = home / "teacher", home / "prose.jsonl"
+    s, home = lab.settings, lab.folder / "other"
+    out, source = home / "teacher", home / "documents.jsonl"
     if (out / "metrics.json").exists():
         return str(out)
     if not source.exists():
-        _write_documents(_prose_besides(set(texts_of(lab.rows(), "heldout"))), source)
+        _write_documents(_other_texts(set(texts_of(lab.rows(), "heldout"))), source)
     rows = _pack(lab, source, home / "rows", seq_len=s.seq_len)
-    lab.say(f"  lab: training a teacher on prose, {s.teacher_steps} steps")
+    lab.say(f"  lab: training a teacher on other text, {s.teacher_steps} steps")
     train(
         out=out,
         student=s.teacher,
@@ -230,32 +230,24 @@ def prose_teacher(lab: Lab) -> str:
     return str(out)
 
 
-def _prose_besides(heldout: set[str]) -> Iterator[str]:
-    """The prose of the standard library's files, those left out on which students are judged."""
+def _other_texts(heldout: set[str]) -> Iterator[str]:
+    """The standard library's files printed anew, those left out on which students are judged."""
     from sparsekd.corpus import documents
 
-    return (
-        prose for document in documents("builtin") if document.text not in heldout if (prose := prose_of(document.text))
-    )
+    texts = (printed_anew(document.text) for document in documents("builtin") if document.text not in heldout)
+    return (text for text in texts if text)
 
 
-def prose_of(source: str) -> str:
-    """The comments and docstrings of a Python file, one below the other; "" where the file is not Python."""
-    words, opens = [], True  # a string that opens a statement is a docstring, or as good as one
+def printed_anew(source: str) -> str:
+    """A Python file as its syntax tree prints it; "" where it is not Python.
+
+    The same code in another hand: no comments, other quotes, blank lines and line breaks.
+    """
     try:
-        for token in tokenize.generate_tokens(io.StringIO(source).readline):
-            if token.type == tokenize.COMMENT:
-                words.append(token.string.lstrip("#! "))
-            elif token.type == tokenize.STRING and opens:
-                words.append(token.string.strip("rRbBuU\"'"))
-            if token.type != tokenize.COMMENT:
-                opens = token.type in _BETWEEN
-    except (tokenize.TokenError, SyntaxError):
+        with warnings.catch_warnings(action="ignore"):  # about the file's own escapes
+            return ast.unparse(ast.parse(source))
+    except (SyntaxError, ValueError, RecursionError):
         return ""
-    return "\n".join(words)
-
-
-_BETWEEN = {tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING}
 
 
 TEACHER_TABLES: dict[str, Reproduction] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,17 +16,17 @@ from sparsekd import teacher_tables
 from sparsekd.lab import Lab, LabSettings
 from sparsekd.packed import RowsReader
 from sparsekd.reproduction import Settings
-from sparsekd.teacher_tables import ADAPTED, ALIGNED, ORIGINAL, SHORT, SHUFFLED, packings, prose_of, texts_of
+from sparsekd.teacher_tables import ADAPTED, ALIGNED, ORIGINAL, SHORT, SHUFFLED, packings, printed_anew, texts_of
 
 TINY = LabSettings(
     seq_len=SEQ_LEN,
     teacher_steps=8,
     student={"family": "tiny", "hidden_size": 16, "intermediate_size": 32},
     student_rows=64,
-    student_steps=8,
-    batch_size=8,
+    student_steps=4,
+    batch_size=16,
     eval_rows=8,
-    seeds=(0, 1),
+    seeds=(0,),
 )
 
 
@@ -34,7 +35,7 @@ def settings(world, monkeypatch):
     """A lab of tiny students that are trained in this process, under the world's teacher."""
     monkeypatch.setitem(lab_module.SETTINGS, "quick", TINY)
     monkeypatch.setattr(lab_module, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
-    return Settings(seeds=2, rows=world.rows, teacher=world.teacher, say=lambda _: None)
+    return Settings(seeds=1, rows=world.rows, teacher=world.teacher, say=lambda _: None)
 
 
 def test_documents_come_back_as_they_were_packed(world):
@@ -46,18 +47,13 @@ def test_documents_come_back_as_they_were_packed(world):
     assert first[:-1] == list(texts_of(world.rows))[: len(first) - 1]
 
 
-def test_prose_is_comments_and_docstrings():
-    """By hand: no code, no other strings; what is no Python has none."""
-    source = '''#!/bin/python
-"""Adds numbers."""
-x = "no"  # one
-def f():
-    r"""Sums
-    up."""
-    return g("no", """no""")
-'''
-    assert prose_of(source) == "/bin/python\nAdds numbers.\none\nSums\n    up."
-    assert prose_of("def (:\n  '''") == ""
+def test_printed_anew_is_the_same_code_in_another_hand():
+    """By hand: no comments, single quotes, one line; equal syntax trees; what is no Python gives nothing."""
+    source = 'x = "yes"  # one\n\n\ny = f(1,\n      "\\d")\n'
+    assert printed_anew(source) == "x = 'yes'\ny = f(1, '\\\\d')"
+    assert ast.dump(ast.parse(printed_anew(source))) == ast.dump(ast.parse(source.replace("\\d", "\\\\d")))
+    assert printed_anew("def (:") == ""
+    assert printed_anew("x = '\0'") == ""
 
 
 def test_packings_differ_in_targets_alone(settings, world, tmp_path):
@@ -81,14 +77,13 @@ def test_packings_differ_in_targets_alone(settings, world, tmp_path):
 
 
 def test_table_13_from_rows_to_findings(settings, tmp_path):
-    """All five students of each seed; a misaligned student is another one than the aligned one."""
+    """All five students, and no two alike; with one seed nothing is decided."""
     result = teacher_tables.table13(tmp_path / "table13", settings)
     assert list(result.ours.rows) == ["CE", SHORT, SHUFFLED, ALIGNED, "FullKD"]
     losses = [cells[1].mean for cells in result.ours.rows.values()]
     assert len(set(losses)) == 5
-    assert all(cells[1].n == 2 for cells in result.ours.rows.values())
+    assert [finding.holds for finding in result.findings] == [None] * 4
     assert "learns from the same" in result.scale
-    assert len(result.findings) == 4
 
 
 def test_table_11_adapts_the_given_teacher(settings, world, tmp_path):
