@@ -14,21 +14,24 @@ from sparsekd.errors import ModelError
 from sparsekd.rng import Keys
 from sparsekd.targets import SparseTargets
 
-# 64 ids a block: the cost per position is V / B block sums plus R * B gathered entries, least near B = sqrt(V / R),
-# which is 50 at V = 128k and R = 50 (benchmarks/samplers.py).
-BLOCK = 64
+# 32 ids a block: the cost per position is V / B block sums plus up to R * B gathered entries, least near
+# B = sqrt(V / R), which is 50 at V = 128k and R = 50, and 6 at V = 2k; 32 is within 5 % of the best at 2k .. 128k.
+BLOCK = 32
 # A CPU's buffers stay small enough to be reused from the heap: fresh pages cost more than the arithmetic.
 CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
 # Stands in for -inf, whose product with a temperature of 0 would be NaN; exp of it is 0 in every float.
 LOWEST = -1e4
 
-# [N, R] points of the cumulative distribution, in [0, 1), of R rounds.
+# An id's interval within its block ends at a whole number of 2^-40; an int64 holds 2^22 blocks' ends side by side.
+FRACTION_BITS = 40
+
+# [N, R] points of the cumulative distribution, in [0, 1), of R rounds, ascending.
 Points = Callable[[Keys, int], Tensor]
 
 
 def independent_points(keys: Keys, rounds: int) -> Tensor:
     """R independent uniforms a position: draws with replacement."""
-    return keys.uniforms(rounds)
+    return keys.uniforms(rounds).sort(-1).values
 
 
 def even_points(keys: Keys, rounds: int) -> Tensor:
@@ -38,7 +41,11 @@ def even_points(keys: Keys, rounds: int) -> Tensor:
 
 def merge_draws(ids_NR: Tensor) -> tuple[Tensor, Tensor]:
     """Distinct ids per row, ascending, and how often each was drawn: ids [N, K], counts [N, K] (0 = padding)."""
-    drawn = ids_NR.sort(-1).values
+    return merge_ascending(ids_NR.sort(-1).values)
+
+
+def merge_ascending(drawn: Tensor) -> tuple[Tensor, Tensor]:
+    """`merge_draws` of ids that ascend in each row already."""
     first = torch.ones_like(drawn)
     first[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
     slot = first.cumsum(-1) - 1
@@ -48,25 +55,91 @@ def merge_draws(ids_NR: Tensor) -> tuple[Tensor, Tensor]:
     return ids[:, :width], counts[:, :width]
 
 
+def ids_at(logits_NV: Tensor, points_NR: Tensor) -> Tensor:
+    """The id whose interval of softmax(logits)'s cumulative distribution holds each point; points ascend in each row.
+
+    Equals `invert(in_blocks(softmax(logits)), points)` within the rounding of float32, and so do its two levels; but
+    probabilities exist for `CHUNK_BYTES` of rows at a time only to be summed, and a block is opened once, however many
+    points fall into it: a sharp row's 50 points share a few blocks.
+
+    Returns:
+        [N, R] int64, ascending in each row.
+
+    Raises:
+        ModelError: logits that are NaN or +inf, or -inf throughout a row.
+    """
+    block, fraction = _locate(block_masses(logits_NV).cumsum_(-1), points_NR)
+    opens = torch.ones_like(block, dtype=torch.bool)
+    torch.ne(block[:, 1:], block[:, :-1], out=opens[:, 1:])
+    row, slot = opens.nonzero(as_tuple=True)
+    ends = _interval_ends(_block_logits(logits_NV, row, block[row, slot]))
+    # One search for all points of all rows: whole numbers of 2^-40, so that no row depends on where it stands in the
+    # batch, and one opened block's numbers lie above the one's before.
+    opened = opens.flatten().cumsum(0) - 1
+    ends += torch.arange(len(ends), device=ends.device)[:, None] << FRACTION_BITS
+    target = (fraction.flatten() * 2**FRACTION_BITS).long().clamp_(max=2**FRACTION_BITS - 1)
+    offset = torch.searchsorted(ends.flatten(), target + (opened << FRACTION_BITS), right=True) % BLOCK
+    return block * BLOCK + offset.view_as(block)
+
+
+def block_masses(logits_NV: Tensor) -> Tensor:
+    """[N, blocks] float64: the probability of each block of `BLOCK` ids; the last block may be shorter."""
+    count, vocab = logits_NV.shape
+    whole = vocab // BLOCK * BLOCK
+    masses = torch.empty(count, -(-vocab // BLOCK), dtype=torch.float64, device=logits_NV.device)
+    step = max(1, _budget(logits_NV) // (4 * vocab))
+    buffer = torch.empty(min(step, count), vocab, dtype=working_dtype(logits_NV), device=logits_NV.device)
+    for start in range(0, count, step):
+        part = slice(start, start + step)
+        p = buffer[: len(logits_NV[part])]
+        torch.softmax(logits_NV[part], -1, dtype=p.dtype, out=p)
+        masses[part, : whole // BLOCK] = p[:, :whole].unflatten(-1, (whole // BLOCK, BLOCK)).sum(-1)
+        if whole < vocab:
+            masses[part, -1] = p[:, whole:].sum(-1)
+    if not bool(torch.isfinite(masses.sum())):
+        _refuse(~torch.isfinite(masses).all(-1))
+    return masses
+
+
+def _locate(cumulative: Tensor, points_NR: Tensor) -> tuple[Tensor, Tensor]:
+    """[N, R] the block that holds each point, and how far into the block's mass it lies, in [0, 1)."""
+    total = cumulative[:, -1:]
+    point = _below(points_NR * total, total)
+    block = torch.searchsorted(cumulative, point, right=True)
+    upper = cumulative.gather(-1, block)
+    lower = cumulative.gather(-1, (block - 1).clamp_(min=0)).masked_fill_(block == 0, 0)
+    return block, (point - lower) / (upper - lower)
+
+
+def _block_logits(logits_NV: Tensor, row: Tensor, block: Tensor) -> Tensor:
+    """[opened, BLOCK] logits of some blocks; -inf beyond the last id."""
+    vocab, dtype = logits_NV.shape[1], working_dtype(logits_NV)
+    if vocab % BLOCK == 0 and logits_NV.is_contiguous():
+        return logits_NV.view(-1, BLOCK).index_select(0, row * (vocab // BLOCK) + block).to(dtype)
+    ids = block[:, None] * BLOCK + torch.arange(BLOCK, device=block.device)
+    inside = logits_NV[row[:, None], ids.clamp(max=vocab - 1)].to(dtype)
+    return inside.masked_fill_(ids >= vocab, -torch.inf)
+
+
+def _interval_ends(logits: Tensor) -> Tensor:
+    """[opened, BLOCK] int64: where each id's interval ends within its block's mass, in units of 2^-FRACTION_BITS."""
+    mass = (logits - logits.amax(-1, keepdim=True)).exp_()
+    cumulative = mass.cumsum(-1, dtype=torch.float64)
+    return (cumulative / cumulative[:, -1:]).mul_(2**FRACTION_BITS).long()
+
+
 def invert(mass: Tensor, uniforms_NR: Tensor) -> Tensor:
     """The id whose interval of the cumulative distribution holds each uniform; `mass` is [N, blocks, B], unnormalised.
 
     Two levels: float64 sums over blocks, then one block per draw. A single float32 cumulative sum over 128k ids leaves
     the ids of the tail without any interval (TV up to 1e-3; bf16 0.6), this one is within 1e-6 of the float64 law.
+    The readable twin of `ids_at`.
     """
-    sums = block_sums(mass)
-    cumulative = sums.cumsum(-1)
-    total = cumulative[:, -1:]
-    point = _below(uniforms_NR * total, total)
-    block = torch.searchsorted(cumulative, point, right=True)
-    upper = cumulative.gather(-1, block)
-    lower = torch.nn.functional.pad(cumulative, (1, 0)).gather(-1, block)
-    blocks = mass.shape[1]
-    row = torch.arange(len(mass), device=mass.device)[:, None] * blocks
+    block, fraction = _locate(block_sums(mass).cumsum(-1), uniforms_NR)
+    row = torch.arange(len(mass), device=mass.device)[:, None] * mass.shape[1]
     inner = mass.flatten(0, 1).index_select(0, (row + block).flatten()).cumsum(-1, dtype=torch.float64)
-    inner_total = inner[:, -1:]
-    fraction = ((point - lower) / (upper - lower)).flatten()[:, None]
-    offset = torch.searchsorted(inner, _below(fraction * inner_total, inner_total), right=True)
+    total = inner[:, -1:]
+    offset = torch.searchsorted(inner, _below(fraction.flatten()[:, None] * total, total), right=True)
     return block * mass.shape[-1] + offset.view_as(block)
 
 
@@ -84,12 +157,15 @@ def shifted_logits(logits_NV: Tensor) -> Tensor:
     largest = logits_NV.amax(-1, keepdim=True).to(working_dtype(logits_NV))
     shifted = (logits_NV - largest).clamp_(min=LOWEST)
     if not bool(torch.isfinite(shifted.sum())):
-        bad = (~torch.isfinite(largest[:, 0]) | ~torch.isfinite(shifted).all(-1)).sum()
-        raise ModelError(
-            f"logits are NaN or inf at {int(bad)} of {len(logits_NV)} positions; "
-            "a half-precision overflow in the teacher? try dtype=bfloat16 or dtype=float32"
-        )
+        _refuse(~torch.isfinite(largest[:, 0]) | ~torch.isfinite(shifted).all(-1))
     return shifted
+
+
+def _refuse(bad_N: Tensor) -> None:
+    raise ModelError(
+        f"logits are NaN or inf at {int(bad_N.sum())} of {len(bad_N)} positions; "
+        "a half-precision overflow in the teacher? try dtype=bfloat16 or dtype=float32"
+    )
 
 
 def in_blocks(mass_NV: Tensor) -> Tensor:
@@ -103,11 +179,26 @@ def block_sums(mass: Tensor) -> Tensor:
 
 def chunks(logits_NV: Tensor, keys: Keys, extra: int = 0) -> Iterator[tuple[Tensor, Keys]]:
     """Rows in parts whose float32 copy, with `extra` bytes a row beside it, fits the budget."""
-    budget = CHUNK_BYTES.get(logits_NV.device.type, CHUNK_BYTES["cuda"])
-    step = max(1, budget // (4 * logits_NV.shape[1] + extra))
+    return parts_of(logits_NV, keys, 4 * logits_NV.shape[1] + extra)
+
+
+def draw_parts(logits_NV: Tensor, keys: Keys, rounds: int) -> Iterator[tuple[Tensor, Keys]]:
+    """Rows in parts whose block sums and opened blocks, in `ids_at`, fit twice the budget: small V needs many rows
+    at a time, or calling operators costs more than they do."""
+    blocks = -(-logits_NV.shape[1] // BLOCK)
+    return parts_of(logits_NV, keys, 4 * (blocks + BLOCK * min(rounds, blocks) + rounds))
+
+
+def parts_of(logits_NV: Tensor, keys: Keys, row_bytes: int) -> Iterator[tuple[Tensor, Keys]]:
+    """As many rows at a time as fit `CHUNK_BYTES`."""
+    step = max(1, _budget(logits_NV) // row_bytes)
     for start in range(0, max(len(logits_NV), 1), step):
         part = slice(start, start + step)
         yield logits_NV[part], keys[part]
+
+
+def _budget(logits_NV: Tensor) -> int:
+    return CHUNK_BYTES.get(logits_NV.device.type, CHUNK_BYTES["cuda"])
 
 
 def join_parts(parts: list[tuple[Tensor, Tensor]]) -> SparseTargets:

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-ALGORITHM = "philox4x32-10"
+# The part behind the slash counts the ways in which uniforms became ids (`inversion.ids_at` is the second): a cache
+# begun with another is not gone on with.
+ALGORITHM = "philox4x32-10/2"
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -19,22 +21,23 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 
 
-def _multiply(x: Tensor, by: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a 32 x 32 bit product; int64 wraps at 2^64, which leaves both halves right."""
-    product = x * by
-    return (product >> 32) & _MASK, product & _MASK
-
-
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, ...]:
     """Four 32-bit words (as int64) for four counter words (int64, broadcastable) and a 64-bit seed."""
-    c0, c1, c2, c3 = counter
+    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
+    even, odd = torch.stack([c2, c0]), torch.stack([c1, c3])
+    factors = torch.tensor(_MULTIPLIERS[::-1], device=even.device).view(2, *[1] * c0.dim())
     key0, key1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(_ROUNDS):
-        high0, low0 = _multiply(c0, _MULTIPLIERS[0])
-        high1, low1 = _multiply(c2, _MULTIPLIERS[1])
-        c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
+        # Both multiplications at once; int64 wraps at 2^64, which leaves both halves of a 32 x 32 bit product right.
+        product = even * factors
+        low = product & _MASK
+        high = product.bitwise_right_shift_(32).bitwise_and_(_MASK).bitwise_xor_(odd)
+        high[0].bitwise_xor_(key0)
+        high[1].bitwise_xor_(key1)
+        # The next even words come in the order that meets their factors: word 2 first.
+        even, odd = high.flip(0), low
         key0, key1 = (key0 + _WEYL[0]) & _MASK, (key1 + _WEYL[1]) & _MASK
-    return c0, c1, c2, c3
+    return even[1], odd[0], even[0], odd[1]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,16 +19,16 @@ from torch import Tensor
 from sparsekd.errors import RecipeError
 from sparsekd.importance import ImportanceDraws, importance_draws
 from sparsekd.inversion import (
-    BLOCK,
     Points,
     block_sums,
     chunks,
+    draw_parts,
     even_points,
+    ids_at,
     in_blocks,
     independent_points,
-    invert,
     join_parts,
-    merge_draws,
+    merge_ascending,
     shifted_logits,
     working_dtype,
 )
@@ -149,9 +149,8 @@ def _drawn(
         draws = importance_draws(logits_NV, keys, points=points, rounds=rounds, temperature=temperature)
         return draws.targets(normalize=normalize)
     parts = []
-    for part_NV, part_keys in chunks(logits_NV, keys, extra=8 * BLOCK * rounds):
-        mass = shifted_logits(part_NV).exp_()
-        ids, counts = merge_draws(invert(in_blocks(mass), points(part_keys, rounds)))
+    for part_NV, part_keys in draw_parts(logits_NV, keys, rounds):
+        ids, counts = merge_ascending(ids_at(part_NV, points(part_keys, rounds)))
         parts.append((ids, counts / rounds))
     return join_parts(parts)
 
