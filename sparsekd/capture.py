@@ -22,6 +22,7 @@ from sparsekd.checks import check_at_least, check_seed
 from sparsekd.codec import (
     CODECS,
     COUNTS,
+    CURVES,
     IMPORTANCE,
     WEIGHTS,
     codec_spec,
@@ -30,6 +31,7 @@ from sparsekd.codec import (
 )
 from sparsekd.drawing import (
     HEAD_BYTES,
+    SKETCHES,
     Teacher,
     cpu_threads,
     draw_records,
@@ -46,6 +48,7 @@ from sparsekd.samplers import (
     is_unbiased,
 )
 from sparsekd.shard_thread import ShardThread
+from sparsekd.sketch import curve_edges
 
 # A shard is the unit of resume: at most 4M tokens (minutes of one accelerator), and 16 of them in a small cache.
 SHARD_TOKENS = 2**22
@@ -81,7 +84,7 @@ def capture(
         teacher: a local path or hub id of a causal language model.
         out: the folder that takes the cache.
         sampler: a name of `SAMPLERS`, or {"name": ..., parameters}; random_sampling takes 50 rounds by default. On
-            the command line: sampler=top_k sampler.k=12.
+            the command line: sampler=top_k sampler.k=12. For students of other vocabularies: sorted_curve (ULD, ALM).
         codec: a name of `codec.CODECS`; default: the smallest lossless one that fits.
         seed: of the draws.
         batch_size: rows that pass the teacher together; part of the cache's identity.
@@ -144,7 +147,9 @@ def _make_spec(
     """Everything that the cache's bytes depend on, and what later stages compare."""
     width, parameters = models.logit_width(model), {key: draws[key] for key in sampler_parameters(draws["name"])}
     count = min(len(reader), limit_rows or len(reader))
-    weighing = {key: parameters[key] for key in ("temperature", "normalize") if key in parameters}
+    weighing: dict[str, Any] = {key: parameters[key] for key in ("temperature", "normalize") if key in parameters}
+    if "top" in parameters:
+        weighing["edges"] = curve_edges(width, parameters["top"])
     rounds, choose = parameters.get("rounds"), default_codec if codec is None else partial(codec_spec, codec)
     device = next(model.parameters()).device.type
     return CacheSpec(
@@ -153,7 +158,7 @@ def _make_spec(
         shard_rows=shard_rows or _default_shard_rows(count, reader.seq_len, batch_size),
         logit_width=width,
         codec=choose(rounds=rounds, logit_width=width, **weighing),
-        sampler=draws | {"rng": rng.ALGORITHM, "unbiased": is_unbiased(draws["name"], parameters)},
+        sampler=draws | {"rng": rng.ALGORITHM, "unbiased": _is_unbiased(draws["name"], parameters)},
         teacher=models.describe(model, teacher),
         tokenizer=reader.manifest["tokenizer"],
         data=describe_rows(reader),
@@ -165,18 +170,33 @@ def _make_spec(
     )
 
 
+def _is_unbiased(name: str, parameters: dict[str, Any]) -> bool:
+    return name not in SKETCHES and is_unbiased(name, parameters)
+
+
 def _sampler(sampler: str | dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """A sampler's name and all of its parameters, checked."""
     settings = {"name": sampler} if isinstance(sampler, str) else dict(sampler)
     name = settings.pop("name", "random_sampling")
-    defaults = sampler_parameters(name) if isinstance(name, str) and name in SAMPLERS else {}
+    defaults = sampler_parameters(name) if isinstance(name, str) and name in SAMPLERS | SKETCHES else {}
     for key in settings.keys() & defaults.keys():
         kind, value = type(defaults[key]), settings[key]
         if type(value) is not kind and not (kind is float and type(value) is int):
             words = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
             raise RecipeError(f"sampler.{key}={value!r} is not {words}; its default is {defaults[key]}")
-    check_parameters(name, settings)
+    if name in SKETCHES:
+        _check_sketch(name, settings, defaults)
+    else:
+        check_parameters(name, settings)
     return name, defaults | settings
+
+
+def _check_sketch(name: str, settings: dict[str, Any], known: dict[str, Any]) -> None:
+    for key, value in settings.items():
+        if key not in known:
+            raise RecipeError(f"sampler {name} has no parameter {key!r}; it has: {', '.join(known)}")
+        if not 1 <= value <= 2**11:
+            raise RecipeError(f"sampler.{key}={value!r} is out of range: 1 to {2**11}")
 
 
 def _check_codec(codec: str | None, sampler: str, parameters: dict[str, Any]) -> None:
@@ -197,7 +217,7 @@ def _check_codec(codec: str | None, sampler: str, parameters: dict[str, Any]) ->
 def _gives(sampler: str, parameters: dict[str, Any]) -> tuple[str, ...]:
     """What of the sampler can be stored, the best first: importance draws can be weighed before."""
     if "rounds" not in parameters:
-        return (WEIGHTS,)
+        return (CURVES,) if sampler in SKETCHES else (WEIGHTS,)
     return (COUNTS,) if parameters["temperature"] == 1 else (IMPORTANCE, WEIGHTS)
 
 

@@ -17,21 +17,27 @@ from torch import Tensor
 
 from sparsekd import models
 from sparsekd.cache import CacheSpec, RowRecord
-from sparsekd.codec import CODECS, IMPORTANCE, FlatTargets, Importance, decode
+from sparsekd.codec import CODECS, CURVES, IMPORTANCE, FlatTargets, Importance, decode
 from sparsekd.errors import ModelError
 from sparsekd.packed import RowsReader
 from sparsekd.samplers import SAMPLERS, ImportanceDraws, sample, sample_importance
+from sparsekd.sketch import TeacherSketch, teacher_sketch
 from sparsekd.targets import SparseTargets
 
 # The head's fp32 logits exist for this many bytes at a time; part of the manifest through head_chunk.
 HEAD_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
+# What capture takes beside the samplers: a teacher without ids, for students of other vocabularies.
+SKETCHES: dict[str, Callable[..., TeacherSketch]] = {"sorted_curve": teacher_sketch}
+
+
+Part = SparseTargets | ImportanceDraws | TeacherSketch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Drawn:
     """What one batch of rows gave: targets of its supervised positions, in order, still on the teacher's device."""
 
-    parts: list[SparseTargets | ImportanceDraws]
+    parts: list[Part]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +59,7 @@ class Teacher:
         else:
             hidden = models.body_of(self.model)(input_ids=ids, use_cache=False).last_hidden_state
         rows, positions = wanted.nonzero(as_tuple=True)
-        hidden_NH = hidden[rows, positions]
+        hidden_NH, tokens_N = hidden[rows, positions], ids[rows, positions + 1]
         chunk, sampler = self.spec.capture["head_chunk"], dict(self.spec.sampler)
         name, seed = sampler["name"], sampler["seed"]
         parameters = {key: sampler[key] for key in sampler_parameters(name)}
@@ -63,24 +69,30 @@ class Teacher:
             part = slice(start, start + chunk)
             logits_CV = self.head.logits(hidden_NH[part])
             keys = {"seed": seed, "rows": rows[part] + first_row, "positions": positions[part]}
-            drawn.parts.append(draw(logits_CV, name, **keys, **parameters))
+            drawn.parts.append(draw(logits_CV, tokens_N[part], name, **keys, **parameters))
         return drawn
 
 
-def _draw_for(codec: dict[str, Any]) -> Callable[..., SparseTargets | ImportanceDraws]:
-    """What the codec holds: targets, or draws that are not weighed yet. Wide integers stay behind: K ids of every
-    position of a batch wait on the device for the codec."""
+def _draw_for(codec: dict[str, Any]) -> Callable[..., Part]:
+    """What the codec holds: targets, draws that are not weighed yet, or sketches. Wide integers stay behind: K ids of
+    every position of a batch wait on the device for the codec."""
 
-    def targets(logits_CV: Tensor, name: str, **settings: Any) -> SparseTargets:
+    def targets(logits_CV: Tensor, tokens_C: Tensor, name: str, **settings: Any) -> SparseTargets:
         found = sample(logits_CV, name, **settings)
         return SparseTargets(ids=found.ids.to(torch.int32), weights=found.weights)
 
-    def unweighed(logits_CV: Tensor, name: str, *, normalize: bool, **settings: Any) -> ImportanceDraws:
+    def unweighed(
+        logits_CV: Tensor, tokens_C: Tensor, name: str, *, normalize: bool, **settings: Any
+    ) -> ImportanceDraws:
         found = sample_importance(logits_CV, name, **settings)
         ids, counts = found.ids.to(torch.int32), found.counts.to(torch.int32)
         return replace(found, ids=ids, counts=counts, log2_p=found.log2_p.float())
 
-    return unweighed if CODECS[codec["name"]].holds == IMPORTANCE else targets
+    def sketch(logits_CV: Tensor, tokens_C: Tensor, name: str, *, top: int, **_: Any) -> TeacherSketch:
+        return teacher_sketch(logits_CV, tokens_C, top=top)
+
+    others: dict[str, Callable[..., Part]] = {IMPORTANCE: unweighed, CURVES: sketch}
+    return others.get(CODECS[codec["name"]].holds, targets)
 
 
 def read_head(model: Any) -> models.Head:
@@ -93,7 +105,7 @@ def read_head(model: Any) -> models.Head:
 
 def sampler_parameters(sampler: str) -> dict[str, Any]:
     """A sampler's parameters with their defaults, so that the manifest states every one."""
-    signature = inspect.signature(SAMPLERS[sampler]).parameters.values()
+    signature = inspect.signature((SAMPLERS | SKETCHES)[sampler]).parameters.values()
     return {p.name: p.default for p in signature if p.kind is p.KEYWORD_ONLY}
 
 
@@ -137,7 +149,14 @@ def flat_rows(drawn: Drawn, supervised_BL: np.ndarray, codec: dict[str, Any]) ->
     return [whole.take(np.arange(first, last)) for first, last in zip([0, *ends[:-1]], ends, strict=True)]
 
 
-def _flat(part: SparseTargets | ImportanceDraws, codec: dict[str, Any]) -> FlatTargets:
+def _flat(part: Part, codec: dict[str, Any]) -> FlatTargets:
+    if isinstance(part, TeacherSketch):
+        return FlatTargets(
+            ids=part.tokens.cpu().numpy().astype(np.uint32),
+            values=part.log_p.exp().float().cpu().numpy(),
+            sizes=np.ones(len(part.tokens), np.int64),
+            curve=part.curve.masses.float().cpu().numpy(),
+        )
     ids, rounds = part.ids.cpu().numpy(), codec.get("rounds")
     if isinstance(part, SparseTargets):
         return FlatTargets.from_padded(ids, _values(part.weights, rounds), rounds)

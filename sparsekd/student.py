@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparsekd.cache import CacheReader
 from sparsekd.divergences import check_divergence, check_sparse_divergence, full_divergence, sparse_divergence
-from sparsekd.errors import ModelError
+from sparsekd.errors import MismatchError, ModelError
 from sparsekd.fused import fused_linear_sparse_kl
 from sparsekd.losses import LossOptions, full_kl
 from sparsekd.models import body_of, check_rebuilt, head_of, inner_model
@@ -218,6 +218,11 @@ class SparseKDCollator:
         }
         if self.with_targets and hasattr(rows[0], "targets"):
             targets = [row.targets for row in rows]
+            if getattr(targets[0], "curve", None) is not None:
+                raise MismatchError(
+                    "these targets are sorted curves, which say nothing about ids: train with method=uld or alm, or "
+                    "capture with a sampler"
+                )
             width = max(t.ids.shape[1] for t in targets)
             batch["kd_ids"] = torch.from_numpy(np.stack([_widened(t.ids, width) for t in targets]))
             batch["kd_weights"] = torch.from_numpy(np.stack([_widened(t.weights, width) for t in targets]))
