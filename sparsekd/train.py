@@ -12,9 +12,12 @@ from typing import Any
 
 from sparsekd import models
 from sparsekd.checks import check_at_least, make_folder
+from sparsekd.cross_set import open_cross_heldout, open_cross_set, tokenizer_of
+from sparsekd.cross_student import CROSS_METHODS, CrossCollator, attach_cross_kd
 from sparsekd.divergences import DIVERGENCES, check_sparse_divergence
 from sparsekd.errors import MismatchError, RecipeError
 from sparsekd.files import write_json
+from sparsekd.overlay import OverlaidRows
 from sparsekd.residuals import RESIDUALS
 from sparsekd.student import CacheDataset, SparseKDCollator, attach_full_kd, attach_sparse_kd, pace, student_trainer
 from sparsekd.training_set import (
@@ -25,8 +28,9 @@ from sparsekd.training_set import (
     open_tokenizer,
     open_training_set,
 )
+from sparsekd.uld import PAIRINGS
 
-METHODS = ("ce", "cached", "full_kd")
+METHODS = ("ce", "cached", "full_kd", *CROSS_METHODS)
 SCHEDULES = ("cosine", "constant")
 _CHOICES: dict[str, tuple[str, ...]] = {
     "method": METHODS,
@@ -34,12 +38,14 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": ("float32", "bfloat16"),
     "residual": tuple(RESIDUALS),
     "divergence": tuple(DIVERGENCES),
+    "align": tuple(PAIRINGS),
 }
-_COUNTS = ("batch_size", "grad_accum", "log_steps", "save_steps", "keep_checkpoints", "eval_limit")
+_COUNTS = ("max_length", "batch_size", "grad_accum", "log_steps", "save_steps", "keep_checkpoints", "eval_limit")
 _AMOUNTS = ("weight_decay", "max_grad_norm", "dataloader_workers", "eval_steps")
 _RANGES: tuple[tuple[tuple[str, ...], str, Callable[[float], bool]], ...] = (
     (("max_steps",), "at least 1, or -1 to go by epochs", lambda v: v >= 1 or v == -1),
     (("epochs", "learning_rate", "hard_ratio"), "above 0", lambda v: 0 < v < math.inf),
+    (("kd_weight",), "0 (text only) or above", lambda v: 0 <= v < math.inf),
     (("ce_weight", "min_lr_ratio", "warmup_ratio"), "between 0 and 1", lambda v: 0 <= v <= 1),
     (("seed",), "in [0, 2^32)", lambda v: 0 <= v < 2**32),
 )
@@ -83,6 +89,9 @@ def train(
     residual: str = "none",
     hard_ratio: float = 1.0,
     divergence: str = "forward_kl",
+    align: str = "bytes",
+    kd_weight: float | None = None,
+    max_length: int | None = None,
     normalize: bool | None = None,
     allow_misaligned: bool = False,
     dtype: str | None = None,
@@ -108,7 +117,9 @@ def train(
         student: a name of `models.FAMILY`, a dict of sizes, or a checkpoint (path or hub id).
         cache: the training set: rows and targets.
         rows: plain packed rows instead, for "ce" and "full_kd".
-        method: "cached" learns what the cache holds, "ce" the next token, "full_kd" an online `teacher`.
+        method: "cached" learns what the cache holds, "ce" the next token, "full_kd" an online `teacher`; "uld" and
+            "alm" learn from a teacher of another vocabulary: a cache of sampler=sorted_curve, read with the student's
+            own `tokenizer`, and the loss is CE + kd_weight · method.
         teacher: of "full_kd": a folder or hub id.
         tokenizer: the student's, when its checkpoint brings none (default: the cache's own).
         eval_rows: packed rows whose held-out split is evaluated: mean cross-entropy over its supervised tokens.
@@ -131,6 +142,11 @@ def train(
             ghost or label (paper, sections 2 and 3).
         hard_ratio: for "cached": learning rate of the harder half of a batch's tokens over the easier half's (5.3).
         divergence: forward_kl, reverse_kl, forward_reverse_kl, l1 or mse (6.3); a cache can give forward_kl and mse.
+        align: for "uld": positions face each other where both models have read the same bytes, or by "index", as
+            published.
+        kd_weight: for "uld" (default 1.5, as published) and "alm" (default 1): factor of their loss beside CE;
+            0 is text only.
+        max_length: for "uld" and "alm": student tokens of a row; default: twice the teacher's. Others are cut off.
         normalize: for a cache of importance draws: self-normalised (true) or plain unbiased weights (false); default:
             as captured.
         allow_misaligned: train on what `sparsekd misalign` made, whose targets belong to other contexts.
@@ -158,7 +174,11 @@ def train(
     _check_settings(recipe)
     if (finished := _finished(out, recipe)) is not None:
         return finished
-    data = open_training_set(method, cache, rows, normalize=normalize, allow_misaligned=allow_misaligned)
+    if method in CROSS_METHODS:
+        data = open_cross_set(cache, tokenizer, student, max_length)
+        tokenizer = tokenizer_of(tokenizer, student)
+    else:
+        data = open_training_set(method, cache, rows, normalize=normalize, allow_misaligned=allow_misaligned)
     try:
         _check_unchanged(out, data.identity)
         steps, rows_per_step = _plan(len(data.rows), recipe)
@@ -166,7 +186,7 @@ def train(
         if method == "full_kd":
             place = "cpu" if _on_cpu(recipe) else models.default_device()
             live, data = open_teacher(teacher, data, dtype=dtype or "float32", device=place)
-        heldout = open_heldout(eval_rows, data)
+        heldout = (open_cross_heldout if method in CROSS_METHODS else open_heldout)(eval_rows, data)
         model = _open_student(student, data, seed, under_teacher=live is not None)
         text_tokenizer = open_tokenizer(tokenizer, data)
         make_folder(out)
@@ -178,12 +198,15 @@ def train(
             )
         elif live is not None:
             attach_full_kd(model, live, ce_weight=ce_weight, divergence=divergence)
+        elif isinstance(data.rows, OverlaidRows):
+            edges = data.rows.reader.spec.codec["edges"]
+            attach_cross_kd(model, method, edges=edges, align=align, kd_weight=kd_weight)
         trainer = student_trainer(
             model=model,
             args=_arguments(recipe, steps, progress),
             train_dataset=CacheDataset(data.rows, seed=seed, multiple_of=rows_per_step),
             eval_dataset=None if heldout is None else CacheDataset(heldout, shuffle=False, limit=eval_limit),
-            data_collator=SparseKDCollator(with_targets=method == "cached"),
+            data_collator=_collator(method),
             callbacks=[clock := pace(evaluates=heldout is not None), *(callbacks or [])],
         )
         if not progress:
@@ -194,6 +217,10 @@ def train(
         return _finish(trainer, out, recipe, rows_per_step, clock.seconds, data, text_tokenizer)
     finally:
         data.close()
+
+
+def _collator(method: str) -> Any:
+    return CrossCollator() if method in CROSS_METHODS else SparseKDCollator(with_targets=method == "cached")
 
 
 def _open_student(student: Any, data: TrainingSet, seed: int, *, under_teacher: bool) -> Any:
@@ -287,6 +314,14 @@ def _check_settings(recipe: dict[str, Any]) -> None:
 def _check_objective(recipe: dict[str, Any]) -> None:
     """Settings of the loss that a method does not have would be silently ignored: refuse them."""
     method, divergence = recipe["method"], recipe["divergence"]
+    if method in CROSS_METHODS:
+        for name, plain in (("rows", None), ("ce_weight", 0.0), ("divergence", "forward_kl"), ("normalize", None)):
+            if recipe[name] != plain:
+                raise RecipeError(
+                    f"{name}={recipe[name]} is not for method={method}: its loss is CE + kd_weight {method}"
+                )
+    elif recipe["kd_weight"] is not None or recipe["max_length"] is not None:
+        raise RecipeError(f"kd_weight and max_length are for method={' or '.join(CROSS_METHODS)}, not {method}")
     for name, plain in (("residual", "none"), ("hard_ratio", 1.0)):
         if recipe[name] != plain and method != "cached":
             raise RecipeError(f"{name}={recipe[name]} is for method=cached; method={method} has no sparse targets")

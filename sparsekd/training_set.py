@@ -10,6 +10,7 @@ from typing import Any
 from sparsekd import models, vocab
 from sparsekd.cache import CacheReader, check_alignment
 from sparsekd.errors import MismatchError, RecipeError, SourceError
+from sparsekd.overlay import OverlaidRows
 from sparsekd.packed import RowsReader
 
 
@@ -20,7 +21,7 @@ class TrainingSet:
     `identity` is what a resumed run compares; `logit_width` is the width of a new student.
     """
 
-    rows: CacheReader | RowsReader
+    rows: CacheReader | RowsReader | OverlaidRows
     home: Path
     seq_len: int
     logit_width: int
@@ -31,7 +32,7 @@ class TrainingSet:
 
     def close(self) -> None:
         """Let the files go (they are opened again when a row is read)."""
-        if isinstance(self.rows, CacheReader):
+        if not isinstance(self.rows, RowsReader):
             self.rows.close()
 
 
