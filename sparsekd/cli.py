@@ -48,6 +48,27 @@ def _many(count: int, noun: str) -> str:
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
+@app.command(epilog=_example("plan", "rows=rows teacher=MODEL tokens=1e10 out=plan"))
+def plan(
+    config: Recipe = None,
+    settings: Settings = None,
+    show: ShowSettings = False,
+    fidelity: Annotated[str | None, typer.Option(help="paper: as exact as 50 draws with replacement.")] = None,
+    angle: Annotated[float | None, typer.Option(help="At most so many degrees from the full gradient.")] = None,
+    budget_gb: Annotated[float | None, typer.Option(help="The best that fits so many gigabytes.")] = None,
+    plot: Annotated[bool, typer.Option("--plot", help="Draw fidelity against bytes.")] = False,
+) -> None:
+    """Rows + teacher -> what each sampler would cost and err, the cheapest that will do, and its capture recipe."""
+    from sparsekd.plan import plan_text
+
+    goals = {"fidelity": fidelity, "angle": angle, "budget_gb": budget_gb, "plot": "true" if plot else None}
+    words = [*(settings or []), *(f"{name}={value}" for name, value in goals.items() if value is not None)]
+    with _bar("row") as progress:
+        result = _run("plan", config, words, show, progress=progress)
+    print(plan_text(result))
+    print(f"\nthe choice's recipe: sparsekd capture -c {result['recipe']}")
+
+
 @app.command(epilog=_example("capture", "rows=rows teacher=MODEL out=cache sampler.rounds=50"))
 def capture(
     config: Recipe = None,

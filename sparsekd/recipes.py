@@ -23,6 +23,7 @@ from sparsekd.errors import RecipeError
 # verb -> (module, function); what is callable from the command line, imported on use.
 STAGES = {
     "pack": ("sparsekd.rows", "pack"),
+    "plan": ("sparsekd.plan", "plan"),
     "capture": ("sparsekd.capture", "capture"),
     "merge": ("sparsekd.merge", "merge"),
     "misalign": ("sparsekd.misalign", "misalign"),

@@ -14,6 +14,7 @@ from sparsekd.recipes import STAGES, check, read_recipe, recipe_of, scalar, sett
 
 REQUIRED = {
     "pack": {"source": "a.jsonl", "tokenizer": "train", "seq_len": 32, "out": "rows"},
+    "plan": {"rows": "rows", "teacher": "t", "out": "plan"},
     "capture": {"rows": "rows", "teacher": "t", "out": "cache"},
     "adapt": {"out": "a", "teacher": "t", "rows": "rows"},
     "merge": {"caches": ["a", "b"], "out": "m"},

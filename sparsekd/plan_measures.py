@@ -1,0 +1,231 @@
+"""What a plan is made of: each sampler's expected fidelity, ids, bytes and time on rows that the teacher reads.
+
+Shapes: B rows, L tokens, N positions, V vocabulary, H hidden size, C positions of a chunk.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsekd import models
+from sparsekd.codec import CODECS, COUNTS, WEIGHTS, codec_spec, encode_row
+from sparsekd.drawing import read_head
+from sparsekd.errors import MismatchError, RecipeError
+from sparsekd.flat import FlatTargets
+from sparsekd.packed import RowsReader
+from sparsekd.samplers import count_rounds, is_unbiased, sample
+from sparsekd.variance import fidelity, head_noise
+
+# The float64 probabilities of a chunk; closed forms make a few arrays of that size.
+CHUNK_BYTES = 32 * 2**20
+
+
+@dataclass(kw_only=True)
+class Tally:
+    """Sums over positions for one sampler.
+
+    Attributes:
+        sampler: {"name": ..., parameters}.
+        error, bias, ids: of E‖t̂ - p‖², ‖E[t̂] - p‖² and the expected number of ids.
+        noise: E‖G - E[G]‖² of the gradient in the head's weight.
+        seconds: spent drawing.
+        bytes: of coded rows, by codec.
+        gradient: E[G]; full distillation's own when the sampler is unbiased.
+    """
+
+    sampler: dict[str, Any]
+    error: float = 0.0
+    bias: float = 0.0
+    ids: float = 0.0
+    noise: float = 0.0
+    seconds: float = 0.0
+    bytes: dict[str, int] = field(default_factory=dict)
+    gradient: Gradient | None = None
+
+
+class Gradient:
+    """Σₙ (mₙ qₙ - tₙ) hₙᵀ of mean targets t with mass m: what full distillation, or a biased sampler, tends to.
+
+    Without a student's q, the stand-in knows only how often each token comes: q is the mean of the teacher's p.
+    """
+
+    def __init__(self, width: int, hidden: int, device: Any) -> None:
+        self.sum_VH = torch.zeros(width, hidden, device=device)
+        self.mass_H = torch.zeros(hidden, device=device)
+
+    def add(self, targets_CV: Tensor, hidden_CH: Tensor, student_CV: Tensor | None) -> None:
+        hidden_CH, mass_C = hidden_CH.float(), targets_CV.sum(-1, keepdim=True).float()
+        self.sum_VH -= targets_CV.float().T @ hidden_CH
+        if student_CV is None:
+            self.mass_H += (mass_C * hidden_CH).sum(0)
+        else:
+            self.sum_VH += (mass_C * student_CV).T @ hidden_CH
+
+    def value(self, unigram_V: Tensor) -> Tensor:
+        return self.sum_VH + unigram_V[:, None].float() * self.mass_H
+
+
+class Reading:
+    """The models, and sums that all samplers share."""
+
+    def __init__(self, reader: RowsReader, teacher: str, student: str | None, dtype: str, device: str) -> None:
+        self.reader, self.model = reader, models.open_model(teacher, dtype=dtype, device=device)
+        models.check_context(self.model, reader.seq_len, "teacher")
+        self.head, self.width = read_head(self.model), models.logit_width(self.model)
+        size = reader.manifest["tokenizer"]["vocab_size"]
+        if self.width < size:
+            raise MismatchError(
+                f"vocabulary differs: the rows' tokenizer has {size} tokens, teacher {teacher} makes {self.width} "
+                "logits; pack the rows with the teacher's tokenizer"
+            )
+        self.student = None if student is None else models.open_model(student, dtype=dtype, device=device)
+        if self.student is not None and models.logit_width(self.student) != self.width:
+            raise MismatchError(
+                f"vocabulary differs: teacher {teacher} makes {self.width} logits, student {student} "
+                f"{models.logit_width(self.student)}; an angle needs one vocabulary"
+            )
+        self.unigram_V = torch.zeros(self.width, dtype=torch.float64, device=self.model.device)
+        self.entropy = self.seconds = 0.0
+        self.positions = 0
+        self.full = self._gradient()
+
+    def _gradient(self) -> Gradient | None:
+        head = self.head if self.student is None else read_head(self.student)
+        if head.weight_VH is None:
+            return None
+        return Gradient(self.width, head.weight_VH.shape[1], self.model.device)
+
+    def measure_gradient_of(self, tally: Tally) -> None:
+        """A biased sampler's mean gradient is its own; an unbiased one's is full distillation's."""
+        tally.gradient = self.full if unbiased(tally.sampler) else self._gradient()
+
+    @torch.no_grad()
+    def pass_rows(self, tokens_BL: np.ndarray) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
+        """(positions, teacher logits, features of the head, student probabilities or None), a chunk at a time."""
+        ids = torch.from_numpy(tokens_BL.astype(np.int64)).to(self.model.device)
+        started = time.perf_counter()
+        hidden_NH = _features(self.model, self.head, ids)
+        self.seconds += _since(started)
+        theirs_NH = hidden_NH if self.student is None else _features(self.student, read_head(self.student), ids)
+        step = max(1, CHUNK_BYTES // (8 * self.width))
+        for start in range(0, len(hidden_NH), step):
+            part = slice(start, start + step)
+            started = time.perf_counter()
+            logits_CV = self.head.logits(hidden_NH[part])
+            self.seconds += _since(started)
+            guess = (
+                None if self.student is None else read_head(self.student).logits(theirs_NH[part]).float().softmax(-1)
+            )
+            yield part, logits_CV, theirs_NH[part], guess
+
+
+def _features(model: Any, head: models.Head, ids_BL: Tensor) -> Tensor:
+    """[B (L - 1), H] what the head reads, of the positions that have a next token."""
+    if head.weight_VH is None:
+        return model(input_ids=ids_BL, use_cache=False).logits[:, :-1].flatten(0, 1)
+    found = models.body_of(model)(input_ids=ids_BL, use_cache=False).last_hidden_state
+    return found[:, :-1].flatten(0, 1)
+
+
+def _since(started: float) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def read_batch(read: Reading, numbers: Sequence[int], tallies: Sequence[Tally], seed: int) -> None:
+    """A few rows through the teacher and through every sampler; supervision masks do not count here."""
+    records = [read.reader.batch(range(number, number + 1)) for number in numbers]
+    tokens_BL = np.concatenate([record.input_ids for record in records])
+    length = tokens_BL.shape[1] - 1
+    row_N = torch.tensor(numbers).repeat_interleave(length)
+    position_N = torch.arange(length).repeat(len(numbers))
+    parts: list[list[FlatTargets]] = [[] for _ in tallies]
+    for part, logits_CV, hidden_CH, student_CV in read.pass_rows(tokens_BL):
+        p_CV = logits_CV.double().softmax(-1)
+        read.unigram_V += p_CV.sum(0)
+        read.entropy -= float(torch.xlogy(p_CV, p_CV).sum())
+        read.positions += len(p_CV)
+        if read.full is not None:
+            read.full.add(p_CV, hidden_CH, student_CV)
+        keys = {"seed": seed, "rows": row_N[part], "positions": position_N[part]}
+        for tally, drawn in zip(tallies, parts, strict=True):
+            _add_exact(tally, read, p_CV, hidden_CH, student_CV)
+            drawn.append(_draw(tally, logits_CV, keys))
+    for tally, drawn in zip(tallies, parts, strict=True):
+        _add_bytes(tally, FlatTargets.join(drawn), tokens_BL, read.width)
+
+
+def _add_exact(tally: Tally, read: Reading, p_CV: Tensor, hidden_CH: Tensor, student_CV: Tensor | None) -> None:
+    name, parameters = _named(tally.sampler)
+    found = fidelity(p_CV, name, **parameters)
+    tally.error += float(found.squared_error.sum())
+    tally.bias += float(found.bias.sum())
+    tally.ids += float(found.ids.sum())
+    if tally.gradient is not None:
+        tally.noise += float(head_noise(found.variance, hidden_CH))
+        if tally.gradient is not read.full:
+            tally.gradient.add(found.mean_NV, hidden_CH, student_CV)
+
+
+def _draw(tally: Tally, logits_CV: Tensor, keys: dict[str, Any]) -> FlatTargets:
+    name, parameters = _named(tally.sampler)
+    started = time.perf_counter()
+    targets = sample(logits_CV, name, **keys, **parameters)
+    tally.seconds += _since(started)
+    rounds, values = count_rounds(name, parameters), targets.weights.cpu().numpy()
+    if rounds is not None:
+        values = np.rint(values.astype(np.float64) * rounds).astype(np.uint32)
+    return FlatTargets.from_padded(targets.ids.cpu().numpy(), values, rounds)
+
+
+def _add_bytes(tally: Tally, flat: FlatTargets, tokens_BL: np.ndarray, width: int) -> None:
+    """Each row's block by every codec that holds such targets."""
+    supervised, length = np.ones(tokens_BL.shape[1], bool), tokens_BL.shape[1] - 1
+    for spec in _codecs(flat.rounds, width):
+        for number, tokens_L in enumerate(tokens_BL):
+            own = flat.take(np.arange(number * length, (number + 1) * length))
+            size = len(encode_row(tokens_L, own, supervised, spec))
+            tally.bytes[spec["name"]] = tally.bytes.get(spec["name"], 0) + size
+
+
+def _codecs(rounds: int | None, width: int) -> list[dict[str, Any]]:
+    """The specs of all codecs that hold such targets of such a vocabulary."""
+    found = []
+    for name, codec in CODECS.items():
+        if codec.holds == (WEIGHTS if rounds is None else COUNTS):
+            try:
+                found.append(codec_spec(name, logit_width=width, rounds=rounds))
+            except RecipeError:  # too many ids or rounds for it
+                continue
+    return found
+
+
+def unbiased(sampler: Mapping[str, Any]) -> bool:
+    """Whether its targets are the teacher's distribution on average."""
+    return is_unbiased(*_named(sampler))
+
+
+def expected_angle(tally: Tally, read: Reading, times: float) -> float | None:
+    """Degrees between the expected gradient and full distillation's in the head's weight, for a batch `times` as large
+    as what was read: atan of the root-mean-square noise (and the bias) across the full gradient, over the length along
+    it. None where the head is unknown."""
+    if read.full is None or tally.gradient is None:
+        return None
+    unigram_V = read.unigram_V / read.positions
+    full, own = (gradient.value(unigram_V).double() for gradient in (read.full, tally.gradient))
+    along = float((own * full).sum() / full.norm())
+    across = 0.0 if tally.gradient is read.full else max(float(own.square().sum()) - along**2, 0.0)
+    return math.degrees(math.atan2(math.sqrt(across + tally.noise / times), along))
+
+
+def _named(sampler: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    return sampler["name"], {key: value for key, value in sampler.items() if key != "name"}

@@ -1,0 +1,179 @@
+"""The plan: its closed forms against draws, its bytes against a capture's, its choice by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+import sparsekd as skd
+from sparsekd import models
+from sparsekd.capture import capture
+from sparsekd.cli import app
+from sparsekd.errors import MismatchError, RecipeError
+from sparsekd.packed import RowsReader
+from sparsekd.plan import candidates, choose, plan
+
+SMALL = {"rounds": [10, 20], "top_k": [5], "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def planned(world, tmp_path_factory):
+    """Every row of the held-out split, so that the plan's numbers are those of the whole."""
+    out, reader = tmp_path_factory.mktemp("plan") / "plan", RowsReader(world.rows, "heldout")
+    settings = {"split": "heldout", "sample_tokens": len(reader) * reader.seq_len, "plot": True} | SMALL
+    return plan(rows=world.rows, teacher=world.teacher, out=out, tokens=1e9, **settings)
+
+
+def option(result, name, size):
+    return next(o for o in result["options"] if list(o["sampler"].values()) == [name, size])
+
+
+def test_bytes_are_those_of_a_capture(world, planned, tmp_path):
+    """The same rows captured with the same seed: bytes and ids per token agree to the last bits of logits."""
+    sampler = {"name": "systematic", "rounds": 20}
+    settings = {"sampler": sampler, "split": "heldout", "codec": "raw24", "device": "cpu"}
+    stats = capture(rows=world.rows, teacher=world.teacher, out=tmp_path / "c", **settings)["stats"]
+    found = option(planned, "systematic", 20)
+    assert found["bytes_by_codec"]["raw24"] == pytest.approx(stats["payload_bytes"] / stats["tokens"], rel=0.02)
+    assert found["ids"] == pytest.approx(stats["pairs"] / stats["positions"], rel=0.02)
+    assert found["gigabytes"] == pytest.approx(found["bytes"])
+    assert found["bytes"] == min(found["bytes_by_codec"].values()) == found["bytes_by_codec"][found["codec"]]
+
+
+@torch.no_grad()
+def head_world(world):
+    """(hidden, logits, tokens of the stand-in) of every position of the held-out split."""
+    reader, model = RowsReader(world.rows, "heldout"), models.open_model(world.teacher, device="cpu")
+    tokens = torch.from_numpy(reader.batch(range(len(reader))).input_ids.astype(np.int64))
+    hidden = models.body_of(model)(input_ids=tokens).last_hidden_state[:, :-1].flatten(0, 1)
+    return hidden.double(), model(input_ids=tokens).logits[:, :-1].flatten(0, 1)
+
+
+def test_errors_and_angles_are_those_of_draws(world, planned):
+    """Gradients of the loss in the head's weight, over 40 seeds; a biased sampler's angle is exact."""
+    hidden, logits = head_world(world)
+    p = logits.double().softmax(-1)
+    q = p.mean(0)
+    full = (q - p).T @ hidden
+    for name, setting, size in (("systematic", "rounds", 10), ("random_sampling", "rounds", 20), ("top_k", "k", 5)):
+        errors, gaps, ids = [], [], []
+        for seed in range(40 if setting == "rounds" else 1):
+            targets = skd.sample(logits, name, seed=seed, **{setting: size})
+            dense = targets.densify(300).double()
+            errors.append(float((dense - p).square().sum(-1).mean()))
+            ids.append(float((targets.weights > 0).sum(-1).double().mean()))
+            gaps.append((dense.sum(-1, keepdim=True) * q - dense).T @ hidden)
+        found = option(planned, name, size)
+        assert found["squared_error"] == pytest.approx(np.mean(errors), rel=0.03)
+        assert found["ids"] == pytest.approx(np.mean(ids), rel=0.02)
+        if setting == "k":
+            cosine = (gaps[0] * full).sum() / gaps[0].norm() / full.norm()
+            assert found["angle"] == pytest.approx(math.degrees(math.acos(cosine)), rel=1e-3)
+            assert found["squared_bias"] == found["squared_error"]
+        else:
+            noise = math.sqrt(np.mean([float((gap - full).square().sum()) for gap in gaps]))
+            assert found["angle"] == pytest.approx(math.degrees(math.atan2(noise, float(full.norm()))), rel=0.05)
+            assert found["squared_bias"] == 0
+
+
+def test_a_larger_batch_quiets_draws_not_bias(world, planned, tmp_path):
+    """Four times the batch halves the tangent of an unbiased angle; top-k's stays."""
+    reader = RowsReader(world.rows, "heldout")
+    settings = {"split": "heldout", "sample_tokens": len(reader) * reader.seq_len} | SMALL
+    batch = 4 * len(reader) * reader.seq_len
+    larger = plan(rows=world.rows, teacher=world.teacher, out=tmp_path / "p", batch_tokens=batch, **settings)
+    for before, after in zip(planned["options"], larger["options"], strict=True):
+        tangents = [math.tan(math.radians(o["angle"])) for o in (before, after)]
+        assert tangents[0] / tangents[1] == pytest.approx(2 if before["unbiased"] else 1, rel=1e-4)
+
+
+def test_a_student_of_ones_own(world, tmp_path):
+    """student=MODEL: an untrained student's head; the teacher itself has no gradient left to be compared with."""
+    student = tmp_path / "student"
+    models.new_student({"family": "tiny"}, vocab_size=300, seq_len=64).save_pretrained(student)
+    settings = {"sample_tokens": 256, "student": str(student)} | SMALL
+    own = plan(rows=world.rows, teacher=world.teacher, out=tmp_path / "p", **settings)
+    assert all(0 < o["angle"] < 90 for o in own["options"])
+    itself = plan(rows=world.rows, teacher=world.teacher, out=tmp_path / "q", **settings | {"student": world.teacher})
+    assert all(o["angle"] > 89 for o in itself["options"] if o["unbiased"])
+    models.new_student({"family": "tiny"}, vocab_size=200, seq_len=64).save_pretrained(tmp_path / "narrow")
+    with pytest.raises(MismatchError, match=r"makes 300 logits, student .* 200; an angle needs one vocabulary"):
+        plan(
+            rows=world.rows,
+            teacher=world.teacher,
+            out=tmp_path / "r",
+            **settings | {"student": str(tmp_path / "narrow")},
+        )
+
+
+def line(name, size, **values):
+    defaults = {"unbiased": name != "top_k", "error_over_paper": 1.0, "squared_error": 1.0, "angle": 5.0}
+    sampler = {"name": name, "k" if name == "top_k" else "rounds": size}
+    return {"sampler": sampler} | defaults | values | {"gigabytes": values["bytes"] * 10}
+
+
+def test_the_choice_by_hand():
+    """fidelity: the cheapest unbiased one as exact as the paper's; angle: the cheapest; budget: the least angle."""
+    options = [
+        line("random_sampling", 50, bytes=36.0),
+        line("systematic", 20, bytes=12.0, error_over_paper=1.2, angle=5.5),
+        line("systematic", 25, bytes=14.0, error_over_paper=0.9, angle=4.7),
+        line("systematic", 50, bytes=22.0, error_over_paper=0.4, angle=3.0),
+        line("top_k", 12, bytes=9.0, error_over_paper=0.1, angle=30.0),
+    ]
+    assert choose(options, {"fidelity": "paper"}) == 2
+    assert choose(options, {"angle": 5.6}) == 1
+    assert choose(options, {"angle": 31}) == 4
+    assert choose(options, {"budget_gb": 200}) == 2
+    assert choose(options, {"budget_gb": 1000}) == 3
+    with pytest.raises(RecipeError, match=r"no sampler .* meets angle=1; systematic 50 comes to 3.00 degrees"):
+        choose(options, {"angle": 1})
+    with pytest.raises(RecipeError, match=r"meets budget_gb=80; top_k 12 takes 90 GB"):
+        choose(options, {"budget_gb": 80})
+
+
+def test_the_papers_setting_is_always_compared_with():
+    assert {"name": "random_sampling", "rounds": 50} in candidates([7], [3])
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"angle": 2.0, "budget_gb": 5.0}, "angle and budget_gb are two goals; give one"),
+        ({"fidelity": "best"}, "fidelity='best' is unknown; there is fidelity=paper, or give angle=2"),
+        ({"angle": -1.0}, r"angle=-1.0 must be above 0"),
+        ({"rounds": [0]}, r"sampler.rounds=0 is out of range"),
+    ],
+)
+def test_misuse_is_refused(world, tmp_path, settings, words):
+    with pytest.raises(RecipeError, match=words):
+        plan(rows=world.rows, teacher=world.teacher, out=tmp_path / "p", **SMALL | settings)
+    assert not (tmp_path / "p").exists()
+
+
+def test_the_verb_and_the_recipe_it_writes(world, planned, tmp_path, monkeypatch):
+    """plan prints a table with the choice marked; the recipe captures as it stands."""
+    monkeypatch.chdir(tmp_path)
+    words = [f"rows={world.rows}", f"teacher={world.teacher}", "rounds=[10,60]", "top_k=[5]", "sample_tokens=128"]
+    result = CliRunner().invoke(app, ["plan", *words, "device=cpu", "out=plan", "--budget-gb", "5"])
+    assert result.exit_code == 0, result.output
+    marked = [each for each in result.output.splitlines() if each.startswith("→")]
+    assert len(marked) == 1
+    recipe = yaml.safe_load(Path("plan/capture.yaml").read_text())
+    assert marked[0].split()[1:3] == [str(value) for value in recipe["sampler"].values()]
+    made = CliRunner().invoke(app, ["capture", "-c", "plan/capture.yaml", "limit_rows=8", "device=cpu"])
+    assert made.exit_code == 0, made.output
+    assert skd.CacheReader("cache").spec.sampler["name"] == recipe["sampler"]["name"]
+    assert json.loads(Path("plan/plan.json").read_text())["goal"] == {"budget_gb": 5.0}
+
+
+def test_the_figure_is_drawn(planned):
+    """plan.png lies beside plan.json."""
+    assert (Path(planned["recipe"]).parent / "plan.png").read_bytes()[:4] == b"\x89PNG"
