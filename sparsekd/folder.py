@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,14 @@ def shard_ranks(records: Sequence[RowRecord], spec: CacheSpec) -> IdRanks | None
     if not CODECS[spec.codec["name"]].ranked:
         return None
     return id_ranks((record.targets for record in records), spec.logit_width)
+
+
+def coded_bytes(records: Sequence[RowRecord], spec: CacheSpec, codec: Json) -> int:
+    """What the blocks (and id_rank) of these rows would take as one shard with another codec (`codec.codec_spec`)."""
+    ranked = shard_ranks(records, replace(spec, codec=codec))
+    ranks = ranked.ranks if ranked else None
+    blocks = (encode_row(r.input_ids, r.targets, r.supervised.astype(bool), codec, ranks) for r in records)
+    return sum(map(len, blocks)) + (len(ranked.table) if ranked else 0)
 
 
 def encode_record(record: RowRecord, spec: CacheSpec, row: int, ranked: IdRanks | None = None) -> tuple[ShardRow, Json]:

@@ -17,20 +17,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .codec_ints import decode_ints, encode_ints
 from .errors import FormatError
 from .flat import FlatTargets
 
 Array = NDArray[Any]
 
-# An id of the table costs 4 bytes once; a better rank saves about a bit each time it is used.
+# An id of the table costs about 2 bytes once; a better rank saves about a bit each time it is used.
 _LEAST = 32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IdRanks:
-    """table [F] uint32: the frequent ids, most frequent first; ids [V]: the id of each rank; ranks [V]: its inverse."""
+    """table: the F most frequent ids as a shard keeps them; ids [V]: the id of each rank; ranks [V]: its inverse."""
 
-    table: Array
+    table: bytes
     ids: Array
     ranks: Array
 
@@ -41,15 +42,18 @@ def id_ranks(targets: Iterable[FlatTargets], logit_width: int) -> IdRanks:
     for flat in targets:
         uses += np.bincount(flat.ids[flat.ids < logit_width], minlength=logit_width)
     order = np.argsort(-uses, kind="stable")
-    table = order[: int((uses >= _LEAST).sum())].astype(np.uint32)
+    table = encode_ints([order[: int((uses >= _LEAST).sum())]])
     ids = ids_of_ranks(table, logit_width)
     ranks = np.empty(logit_width, np.uint32)
     ranks[ids] = np.arange(logit_width, dtype=np.uint32)
     return IdRanks(table=table, ids=ids, ranks=ranks)
 
 
-def ids_of_ranks(table: Array, logit_width: int) -> Array:
-    """[V] uint32: the table, then all other ids, ascending. FormatError for a table that is no such list."""
+def ids_of_ranks(data: bytes, logit_width: int) -> Array:
+    """[V] uint32: the table's ids, then all others, ascending. FormatError for a table that is no such list."""
+    table, used = decode_ints(data, logit_width)
+    if used != len(data):
+        raise FormatError(f"its id_rank takes {used} bytes of {len(data)}")
     if len(table) and int(table.max()) >= logit_width:
         raise FormatError(f"its id_rank names id {table.max()}, but logit_width={logit_width}")
     rest = np.ones(logit_width, bool)
@@ -57,4 +61,4 @@ def ids_of_ranks(table: Array, logit_width: int) -> Array:
     others = np.flatnonzero(rest).astype(np.uint32)
     if len(table) + len(others) != logit_width:
         raise FormatError(f"its id_rank names {len(table)} ids, {logit_width - len(others)} of them different")
-    return np.concatenate([table.astype(np.uint32), others])
+    return np.concatenate([table, others])

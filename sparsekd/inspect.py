@@ -23,13 +23,14 @@ _BAR = 40
 def cache_stats(reader: CacheReader, sample_rows: int = 512) -> dict[str, Any]:
     """Numbers of a cache: exact totals from its manifest, the distribution of ids per token from evenly spread rows.
 
-    bytes_per_token counts whole shard files (input ids, targets, index), target_bytes_per_token the coded targets.
+    bytes_per_token counts whole shard files (input ids, targets, index), target_bytes_per_token the coded targets (of a
+    codec that codes the input ids among them, both).
     """
     spec, totals = reader.spec, reader.stats
     rows = np.unique(np.linspace(0, len(reader) - 1, min(sample_rows, len(reader))).astype(int))
     sizes = np.concatenate([reader.flat(int(row)).sizes for row in rows])
     files = sum(shard["bytes"] for shard in reader.manifest["shards"])
-    id_bytes = totals["payload_bytes"] - totals["tokens"] * _id_bytes(spec.logit_width)
+    target_bytes = totals["payload_bytes"] - totals["tokens"] * _id_bytes(spec.codec)
     positions = max(totals["positions"], 1)
     return {
         "rows": spec.rows,
@@ -39,7 +40,7 @@ def cache_stats(reader: CacheReader, sample_rows: int = 512) -> dict[str, Any]:
         "unique_ids": {"mean": totals["pairs"] / positions, "histogram": np.bincount(sizes).tolist()},
         "bytes": files,
         "bytes_per_token": files / max(totals["tokens"], 1),
-        "target_bytes_per_token": id_bytes / positions,
+        "target_bytes_per_token": target_bytes / positions,
         "next_token_hit_rate": totals["next_token_hits"] / positions,
         "next_token_weight": totals["next_token_weight"] / positions,
     }
@@ -138,7 +139,8 @@ def _numbers(reader: CacheReader, stats: dict[str, Any]) -> list[str]:
         (
             "bytes per token",
             f"{stats['bytes_per_token']:.1f}",
-            f"{stats['target_bytes_per_token']:.1f} per learnt token are targets, the rest input ids and index",
+            f"{stats['target_bytes_per_token']:.1f} per learnt token are targets"
+            + (", the rest input ids and index" if _id_bytes(reader.spec.codec) else " with their input ids"),
         ),
         ("ids per token", f"{stats['unique_ids']['mean']:.1f}", "kept by the sampler, on average"),
         ("next token kept", f"{stats['next_token_hit_rate']:.1%}", "of learnt tokens are among their own ids"),
@@ -179,10 +181,11 @@ def _size(count: int) -> str:
     return f"{count} B"
 
 
-def _id_bytes(logit_width: int) -> int:
-    from sparsekd.codec import id_bytes
+def _id_bytes(codec: dict[str, Any]) -> int:
+    """Bytes of an input id that lies beside the targets; 0 for a codec that codes both together."""
+    from sparsekd.codec import CODECS, id_bytes
 
-    return id_bytes(logit_width)
+    return 0 if CODECS[codec["name"]].encode_row else id_bytes(codec["logit_width"])
 
 
 # --- one row --------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
     header   canonical JSON, see cache.py           offsets     i64 [R + 1]  where each block starts
     payload  u8   the blocks, one after another     crc32c      u32 [R]      over everything a row depends on
     starts, supervised  u8 [R, ceil(L / 8)] bits    input_hash  u64 [R]      of the row's input ids
-    id_rank  u32 [F]  some codecs: frequent ids, see id_ranks.py
+    id_rank  u8   some codecs: the shard's frequent ids, see id_ranks.py
 
 Reading trusts nothing. The container is parsed here, not by the safetensors library, so that a row is one
 range request over fsspec too.
@@ -43,7 +43,7 @@ _DTYPES = {
     "starts": "U8",
     "supervised": "U8",
 }
-_OPTIONAL = {"id_rank": "U32"}
+_OPTIONAL = {"id_rank": "U8"}
 _INDEX = ("offsets", "crc32c", "input_hash")
 _ITEM_BYTES = {"U8": 1, "U32": 4, "I64": 8, "U64": 8}
 
@@ -89,7 +89,7 @@ def _index_crc(header: dict[str, Any], *index: bytes) -> int:
 
 
 def write_shard(
-    path: str | Path, header: dict[str, Any], rows: Iterable[ShardRow], id_rank: Array | None = None
+    path: str | Path, header: dict[str, Any], rows: Iterable[ShardRow], id_rank: bytes | None = None
 ) -> None:
     """Writes the whole shard or nothing. The same header, rows and id_rank always give the same bytes.
 
@@ -102,7 +102,7 @@ def write_shard(
     if len(tensors["crc32c"]) != header["rows"]:
         raise ValueError(f"the header says {header['rows']} rows, got {len(tensors['crc32c'])}")
     if id_rank is not None:
-        tensors["id_rank"] = np.ascontiguousarray(id_rank, "<u4")
+        tensors["id_rank"] = np.frombuffer(id_rank, np.uint8)
     index = [tensors[name].tobytes() for name in (*_INDEX, *_OPTIONAL) if name in tensors]
     # One metadata key only: the library writes several in random order.
     metadata = canonical_json({"header": header, "crc32c": _index_crc(header, *index)}).decode()
@@ -182,7 +182,7 @@ class ShardReader:
         if type(width) is not int or not 1 <= width <= _MOST_RANKED:
             raise FormatError(f"{self.path}: has an id_rank, but logit_width={ascii(width)[:40]}")
         try:
-            return ids_of_ranks(np.frombuffer(table, "<u4"), width)
+            return ids_of_ranks(table, width)
         except FormatError as error:
             raise FormatError(f"{self.path}: {error}; the file is damaged") from None
 

@@ -15,7 +15,9 @@ from sparsekd.cache import CacheReader, CacheSpec, CacheWriter, RowRecord, verif
 from sparsekd.codec import FlatTargets, codec_spec, decode, decode_row, encode, encode_row
 from sparsekd.codec_ints import MOST_VALUE, decode_ints, encode_ints, zstd_version
 from sparsekd.errors import FormatError, MismatchError
+from sparsekd.folder import coded_bytes
 from sparsekd.id_ranks import id_ranks, ids_of_ranks
+from sparsekd.inspect import cache_stats
 from sparsekd.shard import ShardReader
 
 V, N = 5000, 50
@@ -289,7 +291,7 @@ def test_ranks_are_by_use_then_by_id():
         rounds=1,
     )
     found = id_ranks([flat], 6)
-    assert found.table.tolist() == [1, 4, 2]
+    assert found.table == encode_ints([[1, 4, 2]])
     assert found.ids.tolist() == [1, 4, 2, 0, 3, 5]
     assert found.ranks[found.ids].tolist() == list(range(6))
 
@@ -298,7 +300,7 @@ def test_ranks_are_by_use_then_by_id():
 def test_a_table_that_is_no_permutation_is_refused(table, words):
     """Repeated ids and ids beyond the vocabulary."""
     with pytest.raises(FormatError, match=words):
-        ids_of_ranks(np.array(table, np.uint32), 6)
+        ids_of_ranks(encode_ints([table]), 6)
 
 
 ROWS, LENGTH = 6, 64
@@ -354,7 +356,7 @@ def test_every_flipped_bit_of_the_id_rank_is_noticed(tmp_path):
     """It is part of the index's crc32c, so a shard with a wrong table does not open."""
     path = write(tmp_path / "a", [0, 1]) / "shard-00000.safetensors"
     whole = path.read_bytes()
-    table = id_ranks([record(row).targets for row in range(4)], V).table.astype("<u4").tobytes()
+    table = id_ranks([record(row).targets for row in range(4)], V).table
     at = whole.index(table)
     for bit in range(0, 8 * len(table), 5):
         damaged = bytearray(whole)
@@ -362,3 +364,22 @@ def test_every_flipped_bit_of_the_id_rank_is_noticed(tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(FormatError):
             ShardReader(path)
+
+
+@pytest.mark.parametrize("codec", ["split", "raw24"])
+def test_coded_bytes_is_what_a_cache_would_take(tmp_path, codec):
+    """A cache of one codec says what another would cost, before it is written."""
+    other = cache_spec("paper24")
+    with CacheReader(write(tmp_path / "cache", [0, 1], codec)) as reader:
+        shards = [[record(row) for row in other.shard_range(shard)] for shard in (0, 1)]
+        found = sum(coded_bytes(each, other, cache_spec(codec).codec) for each in shards)
+        tables = [] if codec == "raw24" else [len(id_ranks([r.targets for r in each], V).table) for each in shards]
+        assert found == reader.stats["payload_bytes"] + sum(tables)
+
+
+def test_inspect_counts_input_ids_where_they_are(tmp_path):
+    """raw24's ids lie beside the targets (2 bytes each here); split's cannot be told apart."""
+    for codec, beside in (("raw24", 2 * ROWS * LENGTH), ("split", 0)):
+        with CacheReader(write(tmp_path / codec, [0, 1], codec)) as reader:
+            found = cache_stats(reader)["target_bytes_per_token"] * reader.stats["positions"]
+            assert found == pytest.approx(reader.stats["payload_bytes"] - beside)
