@@ -14,6 +14,7 @@ from typing import Any
 
 from sparsekd.lab import SETTINGS, Arm, Lab, Outcome
 from sparsekd.reproduction import Cell, Column, Finding, Reproduction, Result, Settings, Table, exact, over
+from sparsekd.zero_shot import ZERO_SHOT, ZERO_SHOT_SCALE, available, zero_shot_scores
 
 CE = Arm(label="CE", train={"method": "ce"})
 FULL = Arm(label="FullKD", train={"method": "full_kd"})
@@ -119,7 +120,7 @@ def judge(outcomes: Outcomes, claim: Claim) -> Finding:
         f"{claim.better} against {claim.worse}: {abs(found.mean):.3f} {unit} "
         f"{'lower' if found.mean > 0 else 'higher'}, "
         + (
-            f"{sure} the 95 % interval over seeds (± {half:.3f})."
+            f"{sure} the 95 % interval over seeds (±\u00a0{half:.3f})."
             if len(differences) > 1
             else "from one seed, which decides nothing."
         )
@@ -132,19 +133,31 @@ def _values(outcome: Outcome, metric: str) -> list[float]:
 
 
 def language_table(
-    arms: Sequence[Arm], paper: Mapping[str, Sequence[float | None]], claims: Sequence[Claim], scale: str
+    arms: Sequence[Arm],
+    paper: Mapping[str, Sequence[float | None]],
+    claims: Sequence[Claim],
+    scale: str,
+    zero_shot: Mapping[str, float] | None = None,
 ) -> Callable[[Path, Settings], Result]:
-    """A reproduction's `run`: train the arms, lay them beside the paper's rows, judge the claims."""
+    """A reproduction's `run`: train the arms, lay them beside the paper's rows, judge the claims.
+
+    `zero_shot`, the paper's scores by row, adds the column of our own zero-shot task where lm-eval is installed.
+    """
 
     def run(folder: Path, settings: Settings) -> Result:
         lab = lab_of(folder, settings)
         outcomes = run_arms(lab, arms)
         labels = ["CE", *(arm.label for arm in arms if arm.label not in ("CE", "FullKD")), "FullKD"]
-        paper_rows = {name: exact(*values) for name, values in paper.items()}
+        ours = table(outcomes, labels)
+        theirs = Table(columns=COLUMNS, rows={name: exact(*values) for name, values in paper.items()})
+        asks = zero_shot is not None and available()
+        if zero_shot and asks:
+            ours = with_column(ours, ZERO_SHOT, zero_shot_scores(lab, [outcomes[label] for label in labels]))
+            theirs = with_column(theirs, ZERO_SHOT, {k: Cell(mean=v) for k, v in zero_shot.items()})
         return Result(
-            ours=table(outcomes, labels),
-            paper=Table(columns=COLUMNS, rows=paper_rows),
-            scale=scale_of(lab, scale),
+            ours=ours,
+            paper=theirs,
+            scale=scale_of(lab, scale) + ZERO_SHOT_SCALE * asks,
             findings=tuple(judge(outcomes, claim) for claim in claims),
             data={
                 "loss": {name: o.losses() for name, o in outcomes.items() if name in labels and not o.diverged()},
@@ -152,6 +165,11 @@ def language_table(
         )
 
     return run
+
+
+def with_column(base: Table, column: Column, cells: Mapping[str, Cell | None]) -> Table:
+    """The table with one more column; rows without a cell have None there."""
+    return Table(columns=(*base.columns, column), rows={k: (*row, cells.get(k)) for k, row in base.rows.items()})
 
 
 SCALE_10B = "300M students, a 3B teacher, 10B tokens of web text, vocabulary 100k"
@@ -195,6 +213,10 @@ TABLE2_PAPER = {
     "FullKD": (None, 2.74, 100, 0.7, None),
 }
 
+TABLE2_ZERO_SHOT = {"CE": 40.4, "Smoothing, Top-K 50": 41.2, "Ghost token, Top-K 50": 42.9, "FullKD": 42.1} | {
+    f"Naive fix, Top-K {k}": value for k, value in zip(FIXED_KS, (41.3, 42.4, 42.4, 42.9, 42.8, 43.0), strict=True)
+}
+
 # Rounds that give about the paper's unique ids with a good teacher; ours spread more, and the column says how much.
 TABLE5_ARMS = [drawn(n) for n in (3, 7, 50, 150, 500)]
 TABLE5_PAPER = {
@@ -205,6 +227,10 @@ TABLE5_PAPER = {
     "Random sampling 150": (24.5, 2.75, None, 1.1, 61.93),
     "Random sampling 500": (57.0, 2.74, None, 0.9, 61.97),
     "FullKD": (None, 2.75, None, 0.7, 62.02),
+}
+
+TABLE5_ZERO_SHOT = {"CE": 40.4, "FullKD": 42.1} | {
+    f"Random sampling {n}": value for n, value in zip((3, 7, 50, 150, 500), (42.1, 42.6, 43.0, 43.1, 42.9), strict=True)
 }
 
 GRID = [(alpha, ratio) for ratio in (1.0, 1.5, 2.0) for alpha in (0.3, 0.2, 0.1, 0.0)]
@@ -312,6 +338,7 @@ TABLES: dict[str, Reproduction] = {
                 Claim(better="Ghost token, Top-K 50", worse="Top-K 50", metric="ece"),
             ],
             SCALE_10B,
+            TABLE2_ZERO_SHOT,
         ),
         plot=plot_losses,
         uses=USES,
@@ -329,6 +356,7 @@ TABLES: dict[str, Reproduction] = {
                 Claim(better="FullKD", worse="Random sampling 50"),
             ],
             SCALE_10B,
+            TABLE5_ZERO_SHOT,
         ),
         plot=plot_losses,
         uses=USES,

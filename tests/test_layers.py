@@ -50,6 +50,8 @@ LAYERS: dict[str, set[str]] = {
         "manifest",
         "folder",
         "canary",
+        "padded",
+        "read_ahead",
         "cache",
     },
     "sources": {
@@ -103,6 +105,7 @@ LAYERS: dict[str, set[str]] = {
         "gradients",
         "lab",
         "tables",
+        "zero_shot",
         "teacher_tables",
         "calibration",
         "unique_tokens",
@@ -134,7 +137,8 @@ PROGRAMS_TOGETHER = {
     "toy_tasks": {"plots", "reproduction"},
     "toy_images": {"reproduction", "toy_tasks"},
     "lab": {"train", "capture", "evaluate", "inspect"},  # inside its functions only
-    "tables": {"lab", "reproduction", "comparison", "plots"},
+    "tables": {"lab", "reproduction", "comparison", "plots", "zero_shot"},
+    "zero_shot": {"lab", "reproduction", "tasks"},
     "measures": {"gradients", "lab", "tables", "reproduction", "plots", "student"},
     "unique_tokens": {"lab", "tables", "toys", "evaluate", "reproduction", "plots"},
     "calibration": {"lab", "tables", "reproduction", "plots"},
