@@ -1,0 +1,185 @@
+"""What a cache of counts costs in each codec, beside the entropy of its data: bytes per token and rates, in one run.
+
+    python benchmarks/codec.py [CACHE] [--rows 0]
+
+Without a cache, a small language model is trained on the standard library's source text (V = 8,192, a few minutes) and
+its draws are taken. Bytes are those of the targets, without input ids, which the first line counts apart.
+
+The floor is that of a model which knows, as empirical frequencies of this very data: how often each partition of N into
+counts occurs, and how often each id does; ids of one count of a position are a set. A position with groups of g_1, g_2,
+... ids costs -log2 P(partition) + Σ -log2 P(id) - Σ log2 g_i! bits. A code that knows more (the token before, say) can
+be smaller; these codecs do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from math import lgamma, log
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sparsekd.cache import CacheReader, RowRecord
+from sparsekd.codec import CODECS, COUNTS, FlatTargets, codec_spec, decode, decode_row, encode, encode_row
+from sparsekd.codec_ints import zstd_version
+from sparsekd.errors import RecipeError
+from sparsekd.id_ranks import id_ranks
+
+REPEATS = 5
+
+
+def best_seconds(function: Callable[[], object], repeats: int = REPEATS) -> float:
+    """CPU time of the quickest of some runs: on a shared machine wall time measures the neighbours."""
+    seconds = []
+    for _ in range(repeats):
+        begin = time.process_time()
+        function()
+        seconds.append(time.process_time() - begin)
+    return min(seconds)
+
+
+# --- the floor ------------------------------------------------------------------------------------------
+
+
+def floor_bytes(flat: FlatTargets) -> tuple[float, float]:
+    """Bytes per position of the partitions, and of the ids as sets, under the model above."""
+    assert flat.rounds is not None
+    order = np.lexsort((flat.ids, -flat.values.astype(np.int64), flat.positions))
+    ids, counts = flat.ids[order], flat.values[order]
+    ends = np.cumsum(flat.sizes)
+    partitions: dict[bytes, int] = {}
+    for begin, end in zip(ends - flat.sizes, ends, strict=True):
+        key = counts[begin:end].tobytes()
+        partitions[key] = partitions.get(key, 0) + 1
+    uses = np.array(list(partitions.values()))
+    of_ids = np.bincount(ids)[ids]
+    _, groups = np.unique(flat.positions * (flat.rounds + 1) + counts, return_counts=True)
+    sets = sum(lgamma(g + 1) * n for g, n in zip(*np.unique(groups, return_counts=True), strict=True)) / log(2)
+    bits = -(uses * np.log2(uses / uses.sum())).sum(), -np.log2(of_ids / len(ids)).sum() - sets
+    return bits[0] / 8 / len(flat.sizes), bits[1] / 8 / len(flat.sizes)
+
+
+# --- codecs ---------------------------------------------------------------------------------------------
+
+
+def measure_codec(name: str, records: list[RowRecord], width: int) -> tuple[float, float, float, float]:
+    """Bytes per position, Mtokens/s encoding and decoding, and bytes per token with input ids."""
+    spec = codec_spec(name, logit_width=width, rounds=records[0].targets.rounds)
+    ranked = id_ranks([r.targets for r in records], width) if CODECS[name].ranked else None
+    ranks, ids, table = (ranked.ranks, ranked.ids, len(ranked.table)) if ranked else (None, None, 0)
+    flats = [r.targets for r in records] if ranks is None else [_renamed(r.targets, ranks) for r in records]
+    blocks = [encode(flat, spec) for flat in flats]
+    sizes = [len(flat.sizes) for flat in flats]
+    tokens = sum(sizes)
+    encoding = best_seconds(lambda: [encode(flat, spec) for flat in flats])
+    decoding = best_seconds(lambda: [decode(b, n, spec) for b, n in zip(blocks, sizes, strict=True)])
+    rows = [encode_row(r.input_ids, r.targets, r.supervised, spec, ranks) for r in records]
+    for row, record in zip(rows, records, strict=True):
+        _check(decode_row(row, len(record.input_ids), record.supervised, spec, ids), record)
+    whole = (sum(map(len, rows)) + table) / sum(len(r.input_ids) for r in records)
+    return (sum(map(len, blocks)) + table) / tokens, tokens / encoding / 1e6, tokens / decoding / 1e6, whole
+
+
+def _renamed(flat: FlatTargets, ranks: np.ndarray) -> FlatTargets:
+    return replace(flat, ids=ranks[flat.ids])
+
+
+def _check(found: tuple[np.ndarray, FlatTargets], record: RowRecord) -> None:
+    """A figure of a codec that is not lossless would be none."""
+    keys = [
+        np.sort((f.positions * 2**20 + f.ids) * 2**20 + f.values.astype(np.int64)) for f in (found[1], record.targets)
+    ]
+    assert (found[0] == record.input_ids).all()
+    assert (keys[0] == keys[1]).all()
+
+
+def measure_parquet(records: list[RowRecord], row_groups: bool) -> tuple[float, float, float]:
+    """Two list columns (ids, counts), zstd-3: bytes per position, Mtokens/s both ways, to flat arrays and offsets."""
+    flat = FlatTargets.join([record.targets for record in records])
+    counts = flat.values.astype(np.uint8 if int(flat.values.max()) < 256 else np.uint32)
+    offsets = np.concatenate([[0], np.cumsum(flat.sizes)]).astype(np.int32)
+
+    def write() -> bytes:
+        lists = {n: pa.ListArray.from_arrays(offsets, a) for n, a in (("ids", flat.ids), ("counts", counts))}
+        buffer = io.BytesIO()
+        size = len(records[0].targets.sizes) if row_groups else None
+        pq.write_table(pa.table(lists), buffer, compression="zstd", compression_level=3, row_group_size=size)
+        return buffer.getvalue()
+
+    def read() -> list[np.ndarray]:
+        table = pq.read_table(pa.BufferReader(data), use_threads=False)
+        columns = [table[name].combine_chunks() for name in ("ids", "counts")]
+        return [columns[0].flatten().to_numpy(), columns[1].flatten().to_numpy(), columns[0].offsets.to_numpy()]
+
+    data = write()
+    tokens = len(flat.sizes)
+    return len(data) / tokens, tokens / best_seconds(write) / 1e6, tokens / best_seconds(read) / 1e6
+
+
+# --- data -----------------------------------------------------------------------------------------------
+
+
+def trained_cache(folder: str) -> str:
+    """A cache of 50 draws from a language model that was just trained."""
+    from sparsekd.lab import Arm, Lab, LabSettings
+
+    teacher = {"family": "mini", "hidden_size": 96, "num_attention_heads": 3, "intermediate_size": 256}
+    settings = LabSettings(
+        vocab_size=8192, seq_len=512, limit_tokens=2_000_000, teacher=teacher, teacher_steps=400, student_rows=256
+    )
+    draws = {"name": "random_sampling", "rounds": 50}
+    return Lab(folder, settings).cache(Arm(label="Random sampling", sampler=draws, codec="raw24", train={}))
+
+
+def report(path: str, most_rows: int) -> None:
+    with CacheReader(path) as reader:
+        width = reader.spec.logit_width
+        records = [reader.record(row) for row in range(min(len(reader), most_rows or len(reader)))]
+    flat = FlatTargets.join([record.targets for record in records])
+    if flat.rounds is None or flat.importance is not None:
+        raise RecipeError(f"{path} holds no counts; give a cache of random_sampling or systematic draws")
+    partition, sets = floor_bytes(flat)
+    floor, paper = partition + sets, 3 * len(flat.ids) / len(flat.sizes)
+    print(
+        f"{path}: {len(records)} rows, {len(flat.sizes):,} positions, V={width}, N={flat.rounds}, "
+        f"{len(flat.ids) / len(flat.sizes):.1f} ids per position; zstd {zstd_version()}, one thread"
+    )
+    print(
+        f"{'':<26}{'bytes/token':>12}{'/ floor':>9}{'/ paper':>9}{'enc Mtok/s':>12}{'dec Mtok/s':>12}{'with input':>12}"
+    )
+
+    def line(name: str, size: float, *rates: float) -> None:
+        cells = "".join(f"{rate:>12.1f}" for rate in rates)
+        print(f"{name:<26}{size:>12.2f}{size / floor:>9.3f}{size / paper:>9.3f}{cells}")
+
+    line("floor: partition + sets", floor)
+    line("the paper's 24-bit pairs", paper)
+    for name in [name for name, codec in CODECS.items() if codec.holds == COUNTS]:
+        try:
+            line(name, *measure_codec(name, records, width))
+        except RecipeError as error:
+            print(f"{name:<26}{error}")
+    line("Parquet lists + zstd-3", *measure_parquet(records, row_groups=False))
+    line("the same, a group a row", *measure_parquet(records, row_groups=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("cache", nargs="?")
+    parser.add_argument("--rows", type=int, default=0, help="at most so many rows (0: all)")
+    options = parser.parse_args()
+    if options.cache:
+        report(options.cache, options.rows)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        report(trained_cache(folder), options.rows)
+
+
+if __name__ == "__main__":
+    main()
