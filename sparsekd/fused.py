@@ -5,13 +5,14 @@ Shapes: N positions, H hidden size, V vocabulary, K kept ids, P positions that c
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparsekd.fused_chunks import Gradients, HeadForm, Wanted, fast_on_cpu, loss_and_gradients
+from sparsekd.fused_chunks import FAST_ON_CPU, Gradients, HeadForm, Wanted, loss_and_gradients
 from sparsekd.fused_parallel import VocabularyShard
 from sparsekd.losses import LossWords, kept_positions, safe_labels
 from sparsekd.row_losses import LossOptions, prepare
@@ -110,8 +111,13 @@ def _items(options: LossOptions, keep: Tensor) -> Tensor:
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
     kind = hidden.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    return torch.float32 if kind == "cpu" and not fast_on_cpu(dtype) else dtype
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if autocast else hidden.dtype
+    return torch.float32 if kind == "cpu" and dtype not in FAST_ON_CPU else dtype
+
+
+def _no_autocast(kind: str) -> AbstractContextManager[Any]:
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def _step(
@@ -150,7 +156,7 @@ def _step(
         labels = None if labels is None else labels[picks]
     width = len(head_VH) if shard is None else shard.vocab_size
     rows = prepare(SparseTargets(ids=ids, weights=weights), labels, options, width, working)
-    with torch.autocast(device.type, enabled=False):
+    with _no_autocast(device.type):
         total, gradients = loss_and_gradients(
             hidden_NH,
             head_VH,
@@ -221,6 +227,10 @@ _fused_loss.register_autograd(_scale_gradients, setup_context=_keep_gradients)
 
 def _scaled_(gradients: list[Tensor | None], grad: Tensor) -> list[Tensor | None]:
     """The gradients times `grad`, in place; a second backward is then an error of torch's, not a wrong number."""
+    if type(grad) is not Tensor:  # being traced into a graph, whose compiler decides where results go
+        return [None if x is None else x * grad for x in gradients]
+    if grad.device.type == "cpu" and grad.item() == 1:
+        return gradients
     return [None if x is None else x.mul_(grad) for x in gradients]
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -26,6 +25,12 @@ CHUNK_ROWS = {torch.float32: 256, torch.float64: 256, torch.bfloat16: 1024, torc
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
 # A block of dhead's rows in 16 bits, before it is added in float32: stays in a CPU's cache.
 BLOCK_BYTES = {"cpu": 2**20, "cuda": 64 * 2**20}
+
+_CPU = torch.cpu.get_capabilities()
+# Dtypes that this CPU has instructions to multiply matrices in; in others, float32 is several times faster.
+FAST_ON_CPU = {torch.float32, torch.float64}
+FAST_ON_CPU |= {torch.bfloat16} if any(_CPU.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else set()
+FAST_ON_CPU |= {torch.float16} if any(_CPU.get(name) for name in ("avx512_fp16", "amx_fp16", "fp16_arith")) else set()
 
 # What sums the passes' findings over processes that hold other parts of the vocabulary, see `fused_parallel`.
 Merge = Callable[[list[Seen], float], list[Seen]]
@@ -179,6 +184,9 @@ class _HeadGradient:
     def add_(self, grad_CV: Tensor, hidden_CH: Tensor) -> None:
         if self.total.dtype == grad_CV.dtype:
             torch.addmm(self.total, grad_CV.T, hidden_CH, beta=int(self.started), out=self.total)
+        elif self.total.device.type == "cuda":  # its products add up in float32 themselves
+            beta, dtype = int(self.started), self.total.dtype
+            torch.addmm(self.total, grad_CV.T, hidden_CH, out_dtype=dtype, beta=beta, out=self.total)
         else:
             for block in _parts(len(self.total), _block_rows(self.total)):
                 product = torch.mm(grad_CV[:, block].T, hidden_CH)
@@ -222,14 +230,3 @@ def workspace(rows: int, head_VH: Tensor) -> Tensor:
         del held
         held = _held.buffer = torch.empty(size, dtype=dtype)
     return held[:size].view(rows, width)
-
-
-@cache
-def fast_on_cpu(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies matrices in `dtype`; without the instructions, float32 is several times faster."""
-    has = torch.cpu.get_capabilities()
-    names = {
-        torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
-        torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith"),
-    }
-    return dtype not in names or any(has.get(name, False) for name in names[dtype])

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
 
 import oracles
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import sparsekd as skd
+from sparsekd import fused
 from sparsekd.targets import SparseTargets
 
 N, H, V, K = 37, 19, 83, 6
@@ -21,7 +25,12 @@ FORMS = {
     "softcap": {"softcap": 4.0},
     "all": {"bias": True, "scale": 1.7, "softcap": 8.0},
 }
-OPTIONS = {"kd": {}, "mixed": {"ce_weight": 0.2}, "hot_mixed": {"ce_weight": 0.2, "temperature": 2.0}}
+OPTIONS = {
+    "kd": {},
+    "mixed": {"ce_weight": 0.2},
+    "hot_mixed": {"ce_weight": 0.2, "temperature": 2.0},
+    "all": {"ce_weight": 0.2, "temperature": 0.7, "z_loss": 0.01, "token_weights": torch.linspace(0, 2, N)},
+}
 
 
 def example(dtype=torch.float64):
@@ -137,26 +146,201 @@ def test_none_reduction_points_to_sparse_kl():
         skd.fused_linear_sparse_kl(hidden, head, targets, reduction="none")
 
 
+class Passes(TorchDispatchMode):
+    """Counts operators by name that make or change a tensor of at least `size` numbers, and the rows of products."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.large, self.product_rows = size, Counter(), []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        read = [x.numel() for x in (*args, out) if isinstance(x, torch.Tensor)]
+        if name not in ("slice", "view", "empty", "detach", "t", "alias") and max(read, default=0) >= self.size:
+            self.large[name] += 1
+        if name == "mm":
+            self.product_rows.append(len(args[0]))
+        return out
+
+
+def passes(**options):
+    """What one step of 32 rows of V = 512, in one chunk, does with [C, V]."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(32, 8, generator=generator).requires_grad_()
+    head = torch.randn(512, 8, generator=generator).requires_grad_()
+    targets = SparseTargets(ids=torch.arange(4).expand(32, 4), weights=torch.rand(32, 4, generator=generator))
+    into = torch.zeros_like(head)  # with it, the operators are not behind a custom one
+    with Passes(32 * 512) as counted:
+        skd.fused_linear_sparse_kl(hidden, head, targets, accumulate_into=into, **options)
+    return counted
+
+
+def test_no_option_costs_a_pass_over_the_vocabulary():
+    """Cross-entropy, z-loss, token weights, num_items and residuals change no operator over [C, V]; T adds its own."""
+    plain = passes().large
+    assert plain["mm"] + plain["addmm"] == 3
+    assert plain.total() <= 3 + 8  # gather, max, subtract, exp, sum, scale, scatter, and one to spare
+    labels = torch.arange(32)
+    mixed = {"ce_weight": 0.1, "z_loss": 1e-4, "token_weights": torch.ones(32), "num_items_in_batch": 7}
+    for residual in ("none", "label", "renormalize"):
+        assert passes(labels=labels, residual=residual, **mixed).large == plain
+    smooth = passes(labels=labels, residual="smooth", **mixed).large - plain
+    assert smooth == Counter({"sum": 1, "sub_": 1})
+    hot = passes(labels=labels, temperature=2.0, **mixed).large - plain
+    assert hot == Counter({"exp": 1, "div_": 1, "sum": 1, "addcmul_": 1})
+
+
+def test_ignored_positions_are_left_out_of_the_products():
+    labels = torch.where(torch.arange(32) % 4 == 0, 3, -100)
+    assert passes(labels=labels).product_rows == [8, 8]  # the head's gradient is an addmm
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_16_bits_without_instructions_run_in_float32(option, monkeypatch):
+    """On a CPU that cannot multiply bf16, chunks are float32: gradients err by their own last rounding only."""
+    hidden, head, bias, targets, labels = example(torch.bfloat16)
+    exact = [leaf.detach().double().requires_grad_() for leaf in (hidden, head, bias)]
+    truth = gradients(
+        skd.sparse_kl(oracles.head_logits(*exact, softcap=8.0), targets, labels=labels, **OPTIONS[option]), exact
+    )
+    monkeypatch.setattr(fused, "FAST_ON_CPU", {torch.float32, torch.float64})
+    leaves = [hidden, head, bias]
+    loss = skd.fused_linear_sparse_kl(
+        hidden, head, targets, bias=bias, labels=labels, chunk_rows=8, softcap=8.0, **OPTIONS[option]
+    )
+    for ours, true, leaf in zip(gradients(loss, leaves), truth, [loss, *leaves], strict=True):
+        assert ours.dtype == leaf.dtype
+        assert ((ours - true).abs() <= 2**-8 * true.abs() + 1e-5).all()
+
+
+def test_the_heads_gradient_adds_up_in_float32(monkeypatch):
+    """bf16, 4,096 chunks of one row with equal gradients: the sum is exact (in bf16 it would stall at 256)."""
+    monkeypatch.setattr(fused, "FAST_ON_CPU", {torch.float32, torch.bfloat16})
+    rows = 4096
+    hidden, head = torch.ones(rows, 2).bfloat16(), torch.zeros(4, 2).bfloat16().requires_grad_()
+    targets = SparseTargets(ids=torch.zeros(rows, 1, dtype=torch.long), weights=torch.ones(rows, 1))
+    loss = skd.fused_linear_sparse_kl(hidden, head, targets, chunk_rows=1, reduction="sum")
+    got = torch.autograd.grad(loss, head)[0].float()
+    assert (got == torch.tensor([-0.75, 0.25, 0.25, 0.25])[:, None] * rows).all()
+
+
+def test_gradient_straight_into_the_heads():
+    """accumulate_into adds dW to what is there, gives autograd none, and refuses a factor that comes too late."""
+    hidden, head, _, targets, labels = example()
+    want = gradients(skd.fused_linear_sparse_kl(hidden, head, targets, labels=labels, chunk_rows=8), [hidden, head])
+    head.grad = torch.ones_like(head)
+    settings = {"labels": labels, "chunk_rows": 8, "accumulate_into": head.grad}
+    skd.fused_linear_sparse_kl(hidden, head, targets, **settings).backward()
+    torch.testing.assert_close(head.grad, want[2] + 1, atol=1e-12, rtol=0)
+    torch.testing.assert_close(hidden.grad, want[1], atol=0, rtol=0)
+    with pytest.raises(RuntimeError, match="scale with num_items_in_batch"):
+        (2 * skd.fused_linear_sparse_kl(hidden, head, targets, **settings)).backward()
+    with pytest.raises(ValueError, match=r"accumulate_into \(2,\) and head \(83, 19\) differ"):
+        skd.fused_linear_sparse_kl(hidden, head, targets, accumulate_into=torch.zeros(2))
+
+
+def test_accumulation_in_16_bits():
+    """A bf16 head's gradient may be added to a float32 tensor: nothing is rounded between steps."""
+    hidden, head, _, targets, _ = example(torch.bfloat16)
+    into = torch.zeros(V, H)
+    for _ in range(2):
+        skd.fused_linear_sparse_kl(hidden, head, targets, accumulate_into=into, chunk_rows=8).backward()
+    once = torch.autograd.grad(skd.fused_linear_sparse_kl(hidden, head, targets, chunk_rows=8), head)[0]
+    torch.testing.assert_close(into, 2 * once.float(), rtol=2**-7, atol=1e-4)
+
+
+def compiled_step(hidden, head, ids, weights, labels):
+    targets = SparseTargets(ids=ids, weights=weights)
+    loss = skd.fused_linear_sparse_kl(hidden.tanh(), head, targets, labels=labels, ce_weight=0.1, softcap=8.0)
+    return 2 * loss
+
+
+def test_one_node_of_a_compiled_graph():
+    """torch.compile(fullgraph=True) traces value and gradients through one operator; the same numbers come out."""
+    hidden, head, _, targets, labels = example(torch.float32)
+    arguments = (hidden, head, targets.ids, targets.weights, labels)
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    seen = gradients(torch.compile(compiled_step, fullgraph=True, backend=backend)(*arguments), [hidden, head])
+    made = gradients(torch.compile(compiled_step, fullgraph=True, backend="aot_eager")(*arguments), [hidden, head])
+    for ours, theirs, true in zip(seen, made, gradients(compiled_step(*arguments), [hidden, head]), strict=True):
+        torch.testing.assert_close(ours, true, atol=0, rtol=0)
+        torch.testing.assert_close(theirs, true, atol=0, rtol=0)
+    assert sum("sparsekd" in str(node.target) for node in graphs[0].graph.nodes) == 1
+
+
+def test_the_operator_keeps_torchs_laws():
+    """Schema, fake tensors and autograd registration, as torch checks them."""
+    hidden, head, _, targets, labels = example(torch.float32)
+    arguments = (hidden, head, None, targets.ids, targets.weights, labels.clamp(min=0), labels != -100)
+    rest = (torch.tensor(5), None, [0.1, 2.0, 0.01, 1.0, 0.0], "none", 8, torch.float32, [True, True, False])
+    torch.library.opcheck(torch.ops.sparsekd.fused_linear_sparse_kl, (*arguments, *rest))
+
+
+def test_under_gradient_checkpointing():
+    hidden, head, _, targets, labels = example()
+    arguments = (hidden, head, targets.ids, targets.weights, labels)
+    again = gradients(checkpoint(compiled_step, *arguments, use_reentrant=False), [hidden, head])
+    for ours, true in zip(again, gradients(compiled_step(*arguments), [hidden, head]), strict=True):
+        torch.testing.assert_close(ours, true, atol=0, rtol=0)
+
+
+def test_a_second_backward_is_right_or_refused():
+    """Gradients are scaled in place: after a factor, a second backward is an error; without one, it is the same."""
+    hidden, head, _, targets, _ = example()
+    loss = skd.fused_linear_sparse_kl(hidden, head, targets)
+    loss.backward(retain_graph=True)
+    once = head.grad.clone()
+    loss.backward()
+    torch.testing.assert_close(head.grad, 2 * once)
+    scaled = 3 * skd.fused_linear_sparse_kl(hidden, head, targets)
+    scaled.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        scaled.backward()
+
+
+@pytest.mark.parametrize("residual", ["none", "ghost", "smooth"])
+def test_nothing_waits_for_a_device(residual):
+    """On tensors without data, which answer no question about values, a whole step goes through."""
+    hidden, head = (torch.empty(n, 8, device="meta", dtype=torch.bfloat16) for n in (40, 30))
+    ids, labels = torch.empty(40, 5, device="meta", dtype=torch.long), torch.empty(40, device="meta", dtype=torch.long)
+    numbers = [0.1, 2.0, 0.01, 1.0, 30.0]
+    loss, found = fused._step(
+        hidden, head, None, ids, torch.empty(40, 5, device="meta"), labels, labels != -100,
+        torch.ones((), device="meta"), None, numbers, residual, 16, torch.bfloat16, [True, True, False],
+    )  # fmt: skip
+    assert (loss.shape, found.hidden.shape, found.head.dtype) == ((), (40, 8), torch.bfloat16)
+
+
 _MEMORY = """
 import sys, torch
 import sparsekd as skd
 from sparsekd.targets import SparseTargets
 torch.set_num_threads(1)
 n, h, v, rows = 2048, 64, 32768, int(sys.argv[1])
+options = eval(sys.argv[2])
 hidden, head = torch.randn(n, h, requires_grad=True), torch.randn(v, h, requires_grad=True)
 targets = SparseTargets(ids=torch.randint(v, (n, 12)), weights=torch.full((n, 12), 1 / 12))
 def peak():  # VmHWM; ru_maxrss would start at the parent's peak and hide everything
     return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith("VmHWM"))
-skd.fused_linear_sparse_kl(hidden[:1], head, targets[:1], chunk_rows=1).backward()  # warm up: dW, dh, workspaces
+labels = torch.ones(n).long()
+# warm up: dW, dh, workspaces
+skd.fused_linear_sparse_kl(hidden[:1], head, targets[:1], chunk_rows=1, labels=labels[:1], **options).backward()
 before = peak()
-skd.fused_linear_sparse_kl(hidden, head, targets, chunk_rows=rows).backward()
+skd.fused_linear_sparse_kl(hidden, head, targets, chunk_rows=rows, labels=labels, **options).backward()
 print(peak() - before)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="VmHWM is Linux's")
-@pytest.mark.parametrize("rows", [256, 512])
-def test_peak_memory_is_chunk_by_vocabulary(rows):
-    """Beyond dW and dh the peak is one [chunk, V] buffer: between 0.8 and 1.6 of chunk * V * 4 bytes."""
-    out = subprocess.run([sys.executable, "-c", _MEMORY, str(rows)], capture_output=True, text=True, check=True).stdout
-    assert 0.8 < int(out) / (rows * 32768 * 4) < 1.6
+@pytest.mark.parametrize("options", [{}, {"ce_weight": 0.1, "temperature": 2.0, "z_loss": 1e-4, "softcap": 30.0}])
+def test_peak_memory_is_chunk_by_vocabulary(options):
+    """Beyond dW and dh the peak is one [512, V] buffer of 64 MiB, with any option: 0.8 to 1.25 of it (tiles: 1 MiB)."""
+    words = [sys.executable, "-c", _MEMORY, "512", repr(options)]
+    out = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert 0.8 < int(out) / (512 * 32768 * 4) < 1.25
