@@ -22,6 +22,7 @@ VARIANTS = {
     "softmax + torch.multinomial(50)": lambda x: torch.multinomial(x.float().softmax(-1), 50, replacement=True),
     "random_sampling(50)": lambda x: skd.sample(x, "random_sampling", rounds=50),
     "random_sampling(50), t = 0.8": lambda x: skd.sample(x, "random_sampling", rounds=50, temperature=0.8),
+    "systematic(25)": lambda x: skd.sample(x, "systematic", rounds=25),
     "top_k(12)": lambda x: skd.sample(x, "top_k", k=12),
 }
 
