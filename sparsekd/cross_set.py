@@ -31,7 +31,7 @@ def open_cross_set(cache: str | None, tokenizer: str | None, student: Any, max_l
     if holds != CURVES:
         raise RecipeError(
             f"{cache} holds {holds} of sampler {reader.spec.sampler.get('name')}; ULD sorts the teacher's "
-            "probabilities, and sorted draws are far too steep (60 to 370 % more loss, however many rows): capture "
+            "probabilities, and sorted draws are far too steep (20 to 370 % more loss, however many rows): capture "
             "with sampler=sorted_curve"
         )
     check_alignment(reader)

@@ -143,7 +143,7 @@ def uld(
         align: "index" as published, "bytes" where both have read the same text; a name of `PAIRINGS`.
         skip_student_eos: leave the student's last position out; default: as published for "index", not for "bytes".
         allow_biased: take sparse targets all the same. Sorted draws are steeper than what they were drawn from: ULD
-            came out 60 to 370 % too large with 50 draws. A mean over more rows does not help.
+            came out 20 to 370 % too large with 50 draws. A mean over more rows does not help.
         num_items_in_batch: divide both sums over positions by it instead, so that gradient accumulation and data
             parallelism change nothing; a position without a pair then counts as 0.
 
@@ -191,7 +191,7 @@ def as_curve(teacher: Tensor | SortedCurve | SparseTargets, *, allow_biased: boo
     if not allow_biased:
         raise RecipeError(
             "ULD sorts the teacher's probabilities, and sorting is not linear: sampled or truncated targets give a "
-            "curve that is too steep, a loss 60 to 370 % too large and another gradient, however many rows are "
+            "curve that is too steep, a loss 20 to 370 % too large and another gradient, however many rows are "
             "averaged; capture with sampler=sorted_curve, or set allow_biased=true to measure that"
         )
     ranked = teacher.weights.sort(dim=-1, descending=True).values
