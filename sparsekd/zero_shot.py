@@ -9,7 +9,9 @@ Shapes: Q questions, L tokens of a row.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -93,5 +95,6 @@ def score(model: Path, task: Path, device: str | None = None) -> float:
 
     kept = model / "tasks.json"
     if not kept.exists():
-        run_tasks(model=str(model), tasks=NAME, include_path=str(task), batch_size=32, device=device)
+        with contextlib.redirect_stderr(io.StringIO()):  # a dozen progress bars for each of many students
+            run_tasks(model=str(model), tasks=NAME, include_path=str(task), batch_size=32, device=device)
     return 100 * float(json.loads(kept.read_text())["tasks"][NAME]["acc"]["mean"])
