@@ -16,6 +16,7 @@ from sparsekd import __version__, plots
 from sparsekd.calibration import FIG_3
 from sparsekd.errors import MismatchError, RecipeError
 from sparsekd.files import write_atomically
+from sparsekd.frontier import FRONTIER
 from sparsekd.laws import LAWS_OF_APPENDIX_A
 from sparsekd.measures import MEASURES
 from sparsekd.reproduce_page import render_page, terminal_text
@@ -44,6 +45,7 @@ REPRODUCTIONS: dict[str, Reproduction] = {
     "table11": TEACHER_TABLES["table11"],
     "table12": TABLES["table12"],
     "table13": TEACHER_TABLES["table13"],
+    "frontier": FRONTIER,
     "laws": LAWS_OF_APPENDIX_A,
     "quantisation": MEASURES["quantisation"],
 }
