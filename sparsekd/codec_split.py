@@ -82,10 +82,11 @@ def _sorted(flat: FlatTargets, spec: Spec) -> FlatTargets:
 
 
 def _twice(ids: Array, sizes: Array, width: int) -> int | None:
-    """The first position that has an id twice."""
+    """The first position that has an id twice; no position is empty."""
     narrow = len(sizes) * width < 2**32  # sorts three times as fast
-    heads = (np.arange(len(sizes)) * width).astype(np.uint32 if narrow else np.uint64)
-    keys = np.repeat(heads, sizes)
+    keys = np.zeros(len(ids), np.uint32 if narrow else np.uint64)
+    keys[np.cumsum(sizes)[:-1]] = width
+    keys = np.cumsum(keys, dtype=keys.dtype, out=keys)
     keys += ids
     keys.sort()
     same = np.flatnonzero(keys[1:] == keys[:-1])
@@ -138,7 +139,7 @@ def _decode(data: bytes, positions: int, spec: Spec) -> tuple[FlatTargets, int]:
         raise FormatError(f"the sizes sum to {sizes.sum()}, {len(steps)} ids follow; the file is damaged")
     first = np.cumsum(sizes) - sizes
     everything = np.ones(len(steps), np.uint32)
-    everything[np.arange(total) + np.repeat(np.cumsum(single) - single, multiple)] = counts
+    everything[_places(first, multiple)] = counts
     ids = _ids(steps, _run_starts(everything, first), rounds)
     _check_ids(ids, sizes, spec["logit_width"])
     ids = ids.astype(np.uint32, copy=False)
@@ -147,12 +148,29 @@ def _decode(data: bytes, positions: int, spec: Spec) -> tuple[FlatTargets, int]:
 
 def _counts(steps: Array, multiple: Array) -> Array:
     """[C] int64 counts above 1 from the steps between them: first every position's largest, then the others."""
+    if not len(steps):
+        return np.zeros(0, np.int64)
     top, last, rest = _ends_of(multiple)
     placed = np.empty(len(steps), np.int64)
     placed[top], placed[rest] = steps[: len(top)], steps[len(top) :]
-    running = np.cumsum(placed)
-    counts: Array = np.repeat(running[last] + 2, last - top + 1) - running + placed
-    return counts
+    ends = np.cumsum(placed)[last]
+    falls = np.empty(len(steps) + 1, np.int64)
+    falls[1:] = -placed
+    # Counts fall by the steps; a position begins at its sum + 2, from where the one before ended, at 2.
+    falls[top[1:]] -= ends[:-1] - ends[1:]
+    falls[:1] = ends[:1] + 2
+    return np.cumsum(falls[:-1])
+
+
+def _places(first: Array, multiple: Array) -> Array:
+    """[C] the indices first[p] .. first[p] + multiple[p] - 1 of all positions."""
+    # A sum of jumps: np.repeat mispredicts a branch for every position.
+    top, last, _ = _ends_of(multiple)
+    jumps = np.ones(int(multiple.sum()), np.int64)
+    filled = np.flatnonzero(multiple)
+    jumps[top] = np.diff(first[filled], prepend=0)
+    jumps[top[1:]] -= (last - top)[:-1]
+    return np.cumsum(jumps)
 
 
 def _sums(values: Array, sizes: Array) -> Array:
