@@ -58,6 +58,7 @@ from .manifest import (
     shard_numbers,
     sum_stats,
 )
+from .padded import pad_rows
 from .shard import FORMAT, ShardReader, write_shard
 
 Array = NDArray[Any]
@@ -93,13 +94,18 @@ class RowTargets:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One row as it is read: input_ids [L] uint32, starts and supervised [L] bool, targets of L - 1 positions."""
+    """One row as it is read: input_ids [L] uint32, starts and supervised [L] bool, `flat` targets of its supervised
+    positions, and `targets` of all L - 1, made from those each time they are asked for."""
 
     index: int
     input_ids: Array
     starts: Array
     supervised: Array
-    targets: RowTargets
+    flat: FlatTargets
+
+    @property
+    def targets(self) -> RowTargets:
+        return _spread(self.flat, self.supervised[1:])
 
 
 # --- writing --------------------------------------------------------------------------------------------
@@ -222,7 +228,7 @@ class CacheReader:
             input_ids=record.input_ids,
             starts=record.starts,
             supervised=record.supervised,
-            targets=_spread(record.targets, record.supervised[1:]),
+            flat=record.targets,
         )
 
     def flat(self, index: int) -> FlatTargets:
@@ -317,15 +323,10 @@ def _any_spec(path: str | Path) -> CacheSpec:
 
 def _spread(flat: FlatTargets, supervised: Array) -> RowTargets:
     """Targets of supervised positions -> padded targets of all positions; supervised [L - 1]."""
-    ids_PK, weights_PK = flat.padded()
-    ids = np.zeros((len(supervised), ids_PK.shape[1]), np.int64)
-    weights = np.zeros(ids.shape, np.float32)
-    ids[supervised] = ids_PK
-    weights[supervised] = weights_PK
-    if flat.curve is None:
-        return RowTargets(ids=ids, weights=weights)
-    curve = np.zeros((len(supervised), flat.curve.shape[1]), np.float32)
-    curve[supervised] = flat.curve
+    (ids,), (weights,) = pad_rows([flat], supervised[None])
+    curve = None if flat.curve is None else np.zeros((len(supervised), flat.curve.shape[1]), np.float32)
+    if curve is not None:
+        curve[supervised] = flat.curve
     return RowTargets(ids=ids, weights=weights, curve=curve)
 
 

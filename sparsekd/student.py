@@ -10,6 +10,7 @@ import math
 import time
 import types
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,8 @@ from sparsekd.fused import fused_linear_sparse_kl
 from sparsekd.losses import LossOptions, full_kl
 from sparsekd.models import body_of, check_rebuilt, head_of, inner_model
 from sparsekd.order import permute
+from sparsekd.padded import pad_rows
+from sparsekd.read_ahead import ReadAhead
 from sparsekd.residuals import hard_token_weights
 from sparsekd.targets import SparseTargets
 
@@ -163,6 +166,8 @@ class CacheDataset(torch.utils.data.Dataset):
     run is one integer. Use it with a sequential sampler; `set_epoch` is called by Trainer and accelerate. `limit` keeps
     the first rows only. `multiple_of` (the rows of one optimizer step) ends each epoch with a whole step: the rows left
     over are others in every epoch, and an epoch has as many steps for any split of a step into batches and processes.
+
+    A data loader without worker processes finds the next batch read already (`read_ahead`): give it none.
     """
 
     def __init__(
@@ -180,6 +185,7 @@ class CacheDataset(torch.utils.data.Dataset):
         self.size = len(rows) if limit is None else min(limit, len(rows))
         self.multiple_of = multiple_of
         self.epoch = 0
+        self._read_ahead = ReadAhead()
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -193,6 +199,18 @@ class CacheDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> Any:
         return self.rows[self.row_number(index)]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        """The items of a batch, as torch's data loader asks for them."""
+        if torch.utils.data.get_worker_info() is not None:
+            return self._items(self.epoch, indices)
+        return self._read_ahead(partial(self._items, self.epoch), indices, size=len(self), epoch=self.epoch)
+
+    def _items(self, epoch: int, indices: Sequence[int]) -> list[Any]:
+        numbers = np.asarray(indices, np.int64)
+        if self.shuffle and len(numbers):
+            numbers = permute(numbers, self.size, self.seed, epoch)
+        return [self.rows[number] for number in numbers.tolist()]
 
 
 class SparseKDCollator:
@@ -216,16 +234,14 @@ class SparseKDCollator:
             "input_ids": torch.from_numpy(ids),
             "labels": torch.from_numpy(np.where(supervised, ids, -100)),
         }
-        if self.with_targets and hasattr(rows[0], "targets"):
-            targets = [row.targets for row in rows]
-            if getattr(targets[0], "curve", None) is not None:
+        if self.with_targets and hasattr(rows[0], "flat"):
+            if rows[0].flat.curve is not None:
                 raise MismatchError(
                     "these targets are sorted curves, which say nothing about ids: train with method=uld or alm, or "
                     "capture with a sampler"
                 )
-            width = max(t.ids.shape[1] for t in targets)
-            batch["kd_ids"] = torch.from_numpy(np.stack([_widened(t.ids, width) for t in targets]))
-            batch["kd_weights"] = torch.from_numpy(np.stack([_widened(t.weights, width) for t in targets]))
+            kd_ids, kd_weights = pad_rows([row.flat for row in rows], np.stack([row.supervised[1:] for row in rows]))
+            batch["kd_ids"], batch["kd_weights"] = torch.from_numpy(kd_ids), torch.from_numpy(kd_weights)
         return batch
 
 
@@ -315,10 +331,6 @@ def pace(*, evaluates: bool) -> Any:
 def _replace_forward(inner: Any, forward: Any) -> None:
     inner.forward = types.MethodType(forward, inner)
     inner.accepts_loss_kwargs = True  # some families say that they do not; this forward does
-
-
-def _widened(array: np.ndarray, width: int) -> np.ndarray:
-    return np.pad(array, ((0, 0), (0, width - array.shape[1])))
 
 
 def _refuse_prompt_tuning(model: Any) -> None:

@@ -1,0 +1,51 @@
+"""Sparse targets of some rows as padded arrays, one entry after another into place.
+
+Shapes: B rows, P positions of each, M entries of a row, K entries of the longest position of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import FormatError
+from .flat import FlatTargets
+
+Array = NDArray[Any]
+
+_MOST_BYTES = 2**31  # of one row; a file of some MB must not make us allocate more
+
+
+def pad_rows(rows: Sequence[FlatTargets], supervised_BP: Array) -> tuple[Array, Array]:
+    """ids [B, P, K] int64 and weights [B, P, K] float32; weight 0 is padding, or a position that is not supervised.
+
+    Row b equals `rows[b].padded()` laid at its supervised positions and widened to K, the longest of all rows. Written
+    once, into arrays of the final size: a copy of a row costs more than decoding it (fresh pages).
+
+    Args:
+        rows: the targets of each row's supervised positions, in order.
+        supervised_BP: [B, P] bool, which positions they are.
+
+    Raises:
+        FormatError: one hostile position would blow a row up beyond 2 GiB.
+    """
+    count, positions = supervised_BP.shape
+    width = max([1, *(int(row.sizes.max(initial=0)) for row in rows)])
+    if positions * width * 12 > _MOST_BYTES:
+        raise FormatError(
+            f"padding {positions} positions to {width} entries needs {positions * width * 12} bytes a row, over "
+            f"{_MOST_BYTES}; use the flat arrays"
+        )
+    ids = np.zeros((count, positions, width), np.int64)
+    weights = np.zeros((count, positions, width), np.float32)
+    slots, sizes = np.arange(width, dtype=np.int32), np.zeros(positions, np.int32)
+    for row, supervised, row_ids, row_weights in zip(rows, supervised_BP, ids, weights, strict=True):
+        sizes[:] = 0
+        sizes[supervised] = row.sizes
+        kept = slots < sizes[:, None]
+        row_ids[kept] = row.ids
+        row_weights[kept] = row.weights
+    return ids, weights
