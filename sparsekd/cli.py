@@ -162,6 +162,27 @@ def misalign(config: Recipe = None, settings: Settings = None, show: ShowSetting
     print(f"{fates['carried']:,} targets carried to other contexts; dropped: " + _counts(dropped))
 
 
+@app.command(epilog=_example("transcode", "CACHE tokenizer=STUDENT out=transcoded"))
+def transcode(
+    cache: Annotated[str | None, typer.Argument(help="A cache folder; or cache=FOLDER among the settings.")] = None,
+    settings: Settings = None,
+    config: Recipe = None,
+    show: ShowSettings = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count what it costs, on some rows.")] = False,
+) -> None:
+    """Cache -> cache in another tokenizer's vocabulary, without the teacher. Run again to resume."""
+    words = [cache if "=" in cache else f"cache={cache}"] if cache else []
+    words += [*(settings or []), *(["dry_run=true"] if dry_run else [])]
+    with _bar("shard") as progress:
+        result = _run("transcode", config, words, show, progress=progress)
+    for name, value in result["survey"].items():
+        shown = f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
+        print(f"{name.replace('_', ' '):>25}  {shown.lower()}")
+    if "manifest" in result:
+        stats = result["manifest"]["stats"]
+        print(f"{stats['positions']:,} positions with {stats['pairs'] / max(stats['positions'], 1):.1f} ids each")
+
+
 def _counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())
 
@@ -222,6 +243,18 @@ def judge(config: Recipe = None, settings: Settings = None, show: ShowSettings =
     print(f"score {result['score']['mean']:.1%}" + (f" ± {error:.1%}" if error is not None else ""))
     names = ("prompts", "rated", "malformed", "failed", "empty_responses", "cut_off_responses")
     print(", ".join(f"{counts[name]:,} {name.replace('_', ' ')}" for name in names))
+
+
+@app.command(epilog=_example("answer", "model=student prompts=questions.jsonl out=answers"))
+def answer(config: Recipe = None, settings: Settings = None, show: ShowSettings = False) -> None:
+    """Model + prompts -> answers.jsonl (greedy text, which `pack` reads) and answers.json: F1, Rouge-Lsum."""
+    with _bar("answer") as progress:
+        result = _run("answer", config, settings, show, progress=progress)
+    for name in ("f1", "exact_match", "rouge_lsum"):
+        if name in result:
+            print(f"{name:>12}  {_estimate(result[name])}")
+    counts = result["counts"]
+    print(f"{_many(counts['answers'], 'answer')}, {counts['empty']:,} empty, {counts['cut_off']:,} cut off")
 
 
 @app.command(epilog=_example("tasks", "model=student tasks=hellaswag,piqa"))

@@ -27,12 +27,14 @@ STAGES = {
     "capture": ("sparsekd.capture", "capture"),
     "merge": ("sparsekd.merge", "merge"),
     "misalign": ("sparsekd.misalign", "misalign"),
+    "transcode": ("sparsekd.transcode", "transcode"),
     "adapt": ("sparsekd.adapt", "adapt"),
     "train": ("sparsekd.train", "train"),
     "evaluate": ("sparsekd.evaluate", "evaluate"),
     "tasks": ("sparsekd.tasks", "run_tasks"),
     "speculate": ("sparsekd.speculate", "speculate"),
     "judge": ("sparsekd.judge", "judge"),
+    "answer": ("sparsekd.answer", "answer"),
     "reproduce": ("sparsekd.reproduce", "reproduce"),
 }
 # Arguments that code passes and files cannot.

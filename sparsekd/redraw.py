@@ -13,6 +13,7 @@ Shapes: M draws, V teacher vocabulary, P student positions.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -27,9 +28,37 @@ Array = NDArray[Any]
 
 REJECTED, SHORT, OPEN, DECIDED = range(4)
 _FATES = 4
+_WORD = re.compile(rb"(?:\A[^']?|[A-Za-z0-9] )[A-Za-z]*[A-Za-z]\Z", re.DOTALL)
+_LETTER = np.array([chr(byte).isascii() and chr(byte).isalpha() for byte in range(256)])
 _NEXT = -2  # of a context without a draw: its text is used up, what follows decides
 # Answers kept at most; beyond, they are forgotten and found again. About 200 MB.
 MOST_ANSWERS = 2**23
+
+
+@dataclass(slots=True)
+class Memo:
+    """Integers by integer keys, as arrays: keys [M] ascending, values [M]."""
+
+    keys: Array = field(default_factory=lambda: np.zeros(0, np.int64))
+    values: Array = field(default_factory=lambda: np.zeros(0, np.int64))
+
+
+def find(memo: Memo, keys: Array, solve: Callable[[Array], Array]) -> Array:
+    """[M] the value of each key; `solve` gives those of new keys, which are remembered."""
+    unique, inverse = np.unique(keys, return_inverse=True)
+    values, known = np.zeros(len(unique), np.int64), np.zeros(len(unique), bool)
+    at = np.searchsorted(memo.keys, unique)
+    inside = at < len(memo.keys)
+    known[inside] = memo.keys[at[inside]] == unique[inside]
+    values[known] = memo.values[at[known]]
+    if not known.all():
+        values[~known] = solve(unique[~known])
+        if len(memo.keys) > MOST_ANSWERS:
+            memo.keys, memo.values = memo.keys[:0], memo.values[:0]
+        joined = np.concatenate([memo.keys, unique[~known]])
+        order = np.argsort(joined, kind="stable")
+        memo.keys, memo.values = joined[order], np.concatenate([memo.values, values[~known]])[order]
+    return values[inverse]
 
 
 @dataclass(slots=True)
@@ -37,87 +66,122 @@ class Answers:
     """What every (context, draw) that was asked for gave, so that it is encoded once. Never changes a result.
 
     Attributes:
-        keys: [M] int64, ascending: context V + draw; values: [M] int64: the student's token 4 + fate.
-        alone: per context, what it gives when nothing more can join its text: -1 rejected, _NEXT, or a token.
+        joined: context V + draw -> the student's token 4 + fate.
+        junctions: token V + token of the student's -> whether they stay apart when they meet inside a word.
+        plain: [V] what each draw is if nothing stands before it, as in `joined`.
+        known: per context what `Known` says, one array each.
+        first_byte: [V] of each of the teacher's tokens, -1 for control tokens.
     """
 
     pair: Pair
     contexts: Contexts = field(default_factory=Contexts)
-    keys: Array = field(default_factory=lambda: np.zeros(0, np.int64))
-    values: Array = field(default_factory=lambda: np.zeros(0, np.int64))
-    alone: Array = field(default_factory=lambda: np.zeros(0, np.int64))
-    after_word: Array = field(default_factory=lambda: np.zeros(0, bool))
-    begins_space: Array = field(init=False)
-    is_control: Array = field(init=False)
+    joined: Memo = field(default_factory=lambda: Memo())
+    junctions: Memo = field(default_factory=lambda: Memo())
+    plain: Array = field(init=False)
+    known: Array = field(default_factory=lambda: np.zeros((0, 5), np.int64))
+    first_byte: Array = field(init=False)
 
     def __post_init__(self) -> None:
         pieces = [*self.pair.teacher.of_id, *[None] * (len(self.pair.control) - len(self.pair.teacher.of_id))]
-        self.is_control = np.array([piece is None for piece in pieces])
-        self.begins_space = np.array([piece is not None and piece.startswith(b" ") for piece in pieces])
+        self.first_byte = np.array([-1 if not piece else piece[0] for piece in pieces])
+        self.plain = _solve(self, np.arange(len(pieces)))
+
+
+class Known(NamedTuple):
+    """What is known of a context without any draw.
+
+    Attributes:
+        alone: what it gives when nothing can join its text: -1 rejected, _NEXT (the draw decides), or a token.
+        last_byte: of a tail that ends a word if the draw does not go on with it; else -1.
+        wants: the byte that a draw must begin with, -1 for any.
+        before: the student's token that the tail ends with, -1 where there is none.
+        letters: 1 where the tail is a word of ASCII letters.
+    """
+
+    alone: int
+    last_byte: int
+    wants: int
+    before: int
+    letters: int
 
 
 def answer(answers: Answers, contexts: Array, draws: Array) -> tuple[Array, Array]:
-    """(fates [M], tokens [M]) of draws in their contexts (numbers of `answers.contexts`)."""
+    """(fates [M], tokens [M]) of draws in their contexts (numbers of `answers.contexts`).
+
+    Most draws need not be read after their context. Where no token of the student's has the bytes on both sides of the
+    draw's beginning inside it, text and draw are cut apart. Where both are letters of one word, BPE cuts there iff the
+    two tokens that meet stay apart by themselves.
+    """
     _learn_contexts(answers)
+    alone, last_byte, wants, before, letters = answers.known[contexts].T
+    begins = answers.first_byte[draws]
+    control = begins < 0
+    hopeless = ~control & (wants >= 0) & (wants != begins)
+    apart = control | ((last_byte >= 0) & ~answers.pair.crossed[last_byte, begins] & (wants < 0))
+    inside = answers.pair.merges & ~apart & (letters > 0) & _LETTER[begins] & (wants < 0) & (alone != -1)
     fates, tokens = np.zeros(len(draws), np.int64), np.zeros(len(draws), np.int64)
-    control = answers.is_control[draws]
-    # After a word, a space begins another one: the text so far and the draw are read apart.
-    apart = answers.begins_space[draws] & answers.after_word[contexts]
-    alone = np.where(control | apart, answers.alone[contexts], -1)
-    done = alone >= 0
+    width = len(answers.pair.control)
+    whole = ~hopeless & (inside | (apart & ~control & (alone == _NEXT)))
+    tokens[whole], fates[whole] = np.divmod(answers.plain[draws[whole]], _FATES)
+    meets = np.flatnonzero(inside & ~hopeless)
+    stays = _stay_apart(answers, before[meets], tokens[meets]) & (fates[meets] != REJECTED)
+    fates[meets[~stays]] = REJECTED
+    done = ~hopeless & (alone >= 0) & apart
+    done[meets[stays]] = alone[meets[stays]] >= 0
     fates[done], tokens[done] = DECIDED, alone[done]
     ends = control & (alone == _NEXT)
     theirs = answers.pair.control[draws[ends]]
     fates[ends], tokens[ends] = np.where(theirs >= 0, DECIDED, REJECTED), theirs.clip(0)
-    fresh = apart & ~control & (alone == _NEXT)
-    ask = fresh | ~(control | apart)
-    values = _look_up(answers, np.where(fresh, 0, contexts)[ask] * len(answers.pair.control) + draws[ask])
-    tokens[ask], fates[ask] = np.divmod(values, _FATES)
+    ask = ~hopeless & ~apart & ~inside
+    ask[meets[~stays]] = alone[meets[~stays]] >= 0  # the token became another one
+    joined = find(answers.joined, contexts[ask] * width + draws[ask], lambda keys: _solve(answers, keys))
+    tokens[ask], fates[ask] = np.divmod(joined, _FATES)
     return fates, tokens
 
 
-def _look_up(answers: Answers, keys: Array) -> Array:
-    unique, inverse = np.unique(keys, return_inverse=True)
-    at = np.searchsorted(answers.keys, unique)
-    known = np.zeros(len(unique), bool)
-    inside = at < len(answers.keys)
-    known[inside] = answers.keys[at[inside]] == unique[inside]
-    values = np.zeros(len(unique), np.int64)
-    values[known] = answers.values[at[known]]
-    if not known.all():
-        values[~known] = _solve(answers, unique[~known])
-        _remember(answers, unique[~known], values[~known])
-    return values[inverse]
+def _stay_apart(answers: Answers, before: Array, after: Array) -> Array:
+    """[M] bool: whether the student cuts the bytes of two of its tokens back into the two."""
+    pair, of_id = answers.pair, answers.pair.student.of_id
+    size = len(of_id)
 
+    def solve(keys: Array) -> Array:
+        both = [divmod(key, size) for key in keys.tolist()]
+        found = cut_ids([(of_id[a] or b"") + (of_id[b] or b"") for a, b in both], pair)
+        return np.array([ids == [a, b] for ids, (a, b) in zip(found, both, strict=True)], np.int64)
 
-def _remember(answers: Answers, keys: Array, values: Array) -> None:
-    if len(answers.keys) + len(keys) > MOST_ANSWERS:
-        answers.keys, answers.values = answers.keys[:0], answers.values[:0]
-    joined = np.concatenate([answers.keys, keys])
-    order = np.argsort(joined, kind="stable")
-    answers.keys, answers.values = joined[order], np.concatenate([answers.values, values])[order]
+    return find(answers.junctions, before * size + after, solve) > 0
 
 
 def _learn_contexts(answers: Answers) -> None:
     """What new contexts give by themselves."""
-    new = answers.contexts.all[len(answers.alone) :]
-    if not new:
-        return
-    cut = dict(zip(texts := list({c.tail for c in new}), cut_ids(texts, answers.pair), strict=True))
-    found = [_alone(context, cut[context.tail], answers.pair) for context in new]
-    words = [bool(c.tail) and not c.tail[-1:].isspace() and answers.pair.splits_at_space for c in new]
-    # A space that a draw brings cannot be apart from text that it must first agree with.
-    words = [word and len(c.head) <= len(c.tail) for word, c in zip(words, new, strict=True)]
-    answers.alone = np.concatenate([answers.alone, np.array(found, np.int64)])
-    answers.after_word = np.concatenate([answers.after_word, np.array(words, bool)])
+    new = answers.contexts.all[len(answers.known) :]
+    if new:
+        texts = list({context.tail for context in new})
+        cut = dict(zip(texts, cut_ids(texts, answers.pair), strict=True))
+        found = [_know(context, cut[context.tail], answers.pair) for context in new]
+        answers.known = np.concatenate([answers.known, np.array(found, np.int64)])
 
 
-def _alone(context: Context, ids: list[int] | None, pair: Pair) -> int:
-    begin = len(context.head)
-    if begin > len(context.tail) or ids is None or context.tail[:begin] != context.head:
-        return -1
-    token = _token_at(ids, context.cuts, pair)
-    return -1 if token is None else _NEXT if begin == len(context.tail) else token
+def _know(context: Context, ids: list[int] | None, pair: Pair) -> Known:
+    tail, head, cuts, opens = context
+    begin, alone = len(head), -1
+    if ids is not None and begin <= len(tail) and tail[:begin] == head:
+        token = _token_at(ids, cuts, pair)
+        alone = -1 if token is None else _NEXT if begin == len(tail) else token
+    ends_word = bool(tail) and not tail[-1:].isspace()
+    return Known(
+        alone=alone,
+        last_byte=tail[-1] if ends_word else -1,
+        wants=head[len(tail)] if begin > len(tail) and not opens else -1,
+        before=ids[-1] if ids else -1,
+        letters=int(ids is not None and _ends_in_letters(tail, pair)),
+    )
+
+
+def _ends_in_letters(tail: bytes, pair: Pair) -> bool:
+    """Whether the word that the tail ends with is one of ASCII letters, perhaps behind one other byte."""
+    found = _WORD.search(tail)
+    return found is not None and (found.start() == 0 or not pair.crossed[tail[found.start()], 32])
 
 
 def _solve(answers: Answers, keys: Array) -> Array:
@@ -289,13 +353,12 @@ def _joined(kept: list[tuple[Array, ...]], masses: dict[str, Array], unresolved:
 
 
 def _added_up(entries: Entries) -> Entries:
-    order = np.lexsort((entries.still_open, entries.token, entries.position))
+    width = 2 * (int(entries.token.max(initial=0)) + 1)
+    keys = entries.position * width + 2 * entries.token + entries.still_open
+    order = np.argsort(keys, kind="stable")
     sorted_ = Entries(*(part[order] for part in entries))
-    begins = np.ones(len(order), bool)
-    for part in (sorted_.position, sorted_.token, sorted_.still_open):
-        begins[1:] &= part[1:] == part[:-1]
-    begins[1:] = ~begins[1:]
-    firsts = np.flatnonzero(begins)
+    keys = keys[order]
+    firsts = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]]) if len(keys) else np.zeros(0, np.int64)
     sums = np.add.reduceat(sorted_.weight, firsts) if len(firsts) else sorted_.weight
     return Entries(sorted_.position[firsts], sorted_.token[firsts], sums, sorted_.still_open[firsts])
 

@@ -14,7 +14,6 @@ Shapes: V teacher vocabulary, T teacher tokens and S student tokens of a row.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -27,6 +26,7 @@ from .errors import MismatchError
 from .vocab_bytes import (
     NEVER,
     VocabBytes,
+    cuts_by_merges,
     encode_texts,
     plain_backend,
     segmentation,
@@ -39,7 +39,6 @@ from .vocab_bytes import (
 # Draws are read together with at most so many bytes of the text before them: words are shorter, SentencePiece's BPE
 # without a pre-tokenizer takes the whole text for one word.
 TAIL_BYTES = 32
-_OVER_SPACE = re.compile(rb"[^\s] ")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +52,8 @@ class Pair:
         same: [V] int64 ids where the two differ in numbering only, else None.
         lengths: [student's V] int64 bytes.
         short: the student's tokens of at most 3 bytes: what bytes that are no text (half a character) become.
-        splits_at_space: whether no token of the student's reaches over "x y" from the x to the space.
+        crossed: [256, 256] bool, the neighbouring bytes that some token of the student's has inside it.
+        merges: whether a word is cut by BPE merges, whose tokens depend on their neighbours only.
     """
 
     teacher: VocabBytes
@@ -64,7 +64,8 @@ class Pair:
     same: np.ndarray | None
     lengths: np.ndarray
     short: dict[bytes, int]
-    splits_at_space: bool
+    crossed: np.ndarray
+    merges: bool
 
 
 class Context(NamedTuple):
@@ -137,7 +138,8 @@ def pair_of(teacher: Any, student: Any, logit_width: int | None = None) -> Pair:
         same=_renumbering(teacher, student, width),
         lengths=of_student.lengths(),
         short={piece: token for token, piece in enumerate(of_student.of_id) if piece and len(piece) <= 3},
-        splits_at_space=not any(_OVER_SPACE.search(piece) for piece in of_student.of_id if piece),
+        crossed=crossed_bytes(of_student.of_id),
+        merges=cuts_by_merges(student),
     )
 
 
@@ -156,6 +158,16 @@ def extendable(of_id: Sequence[bytes | None]) -> np.ndarray:
     pieces = sorted({piece for piece in of_id if piece})
     longer = {a for a, b in pairwise(pieces) if b.startswith(a)}
     return np.array([piece in longer for piece in of_id])
+
+
+def crossed_bytes(of_id: Sequence[bytes | None]) -> np.ndarray:
+    """[256, 256] bool: [a, b] where some token has the bytes a b side by side; everywhere else every text is cut."""
+    crossed = np.zeros((256, 256), bool)
+    for piece in of_id:
+        if piece and len(piece) > 1:
+            both = np.frombuffer(piece, np.uint8)
+            crossed[both[:-1], both[1:]] = True
+    return crossed
 
 
 def _renumbering(teacher: Any, student: Any, width: int) -> np.ndarray | None:
@@ -234,7 +246,7 @@ def cut_texts(texts: Sequence[bytes], pair: Pair) -> list[Cut]:
     """Each text by the student's tokenizer; bytes that are no UTF-8 one by one."""
     runs = [list(valid_runs(text)) for text in texts]
     valid = [run.decode() for several in runs for run, fine in several if fine]
-    encodings = iter(encode_texts(pair.backend, valid))
+    encodings = iter(encode_texts(pair.backend, valid, words=True))
     return [_cut(text, several, encodings, pair) for text, several in zip(texts, runs, strict=True)]
 
 

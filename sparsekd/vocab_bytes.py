@@ -25,6 +25,7 @@ from .vocab import name_of
 # Whether a tokenizer puts a space before a text: never, always, or unless the text begins with one.
 NEVER, ALWAYS, UNLESS_SPACE = "never", "always", "unless_space"
 
+_LETTERS = re.compile(rb" ?[A-Za-z]+")
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SPACE_PIECE = "▁"
 _HIDDEN = "\ufdd0"  # a noncharacter: no text has it
@@ -132,6 +133,21 @@ def segmentation(tokenizer: Any) -> str:
     added = sorted((token["content"], token["special"]) for token in description["added_tokens"])
     rest = [description["normalizer"], description["pre_tokenizer"]]
     return json.dumps([model, pieces, added, rest], sort_keys=True)
+
+
+def cuts_by_merges(tokenizer: Any) -> bool:
+    """Whether words are cut by BPE merges alone: no Unigram, no word looked up whole that merges do not give."""
+    description = _description(tokenizer)
+    if description["model"]["type"] != "BPE":
+        return False
+    if not description["model"].get("ignore_merges"):
+        return True
+    backend, vocabulary = plain_backend(tokenizer), vocabulary_bytes(tokenizer)
+    words = {
+        token: piece.decode() for token, piece in enumerate(vocabulary.of_id) if piece and _LETTERS.fullmatch(piece)
+    }
+    backend.model.ignore_merges = False
+    return all(e.ids == [token] for token, e in zip(words, encode_texts(backend, list(words.values())), strict=True))
 
 
 # --- one family or the other ----------------------------------------------------------------------------
@@ -262,9 +278,10 @@ def _without_prefix(part: Any) -> Any:
 # --- bytes -> ids ---------------------------------------------------------------------------------------
 
 
-def encode_texts(backend: Any, texts: Sequence[str]) -> list[Any]:
-    """One `tokenizers.Encoding` (ids, word_ids) per text."""
-    found: list[Any] = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+def encode_texts(backend: Any, texts: Sequence[str], *, words: bool = False) -> list[Any]:
+    """One `tokenizers.Encoding` per text, with its ids, and word_ids if `words`: the fast call leaves them out."""
+    encode = backend.encode_batch if words else backend.encode_batch_fast
+    found: list[Any] = encode(list(texts), add_special_tokens=False)
     return found
 
 

@@ -18,11 +18,13 @@ REQUIRED = {
     "capture": {"rows": "rows", "teacher": "t", "out": "cache"},
     "adapt": {"out": "a", "teacher": "t", "rows": "rows"},
     "merge": {"caches": ["a", "b"], "out": "m"},
+    "transcode": {"cache": "cache", "tokenizer": "t"},
     "misalign": {"cache": "cache", "rows": "rows", "out": "m"},
     "train": {"out": "s", "student": "tiny"},
     "evaluate": {"model": "m", "rows": "rows"},
     "tasks": {"model": "m"},
     "speculate": {"teacher": "t", "student": "s", "rows": "rows"},
+    "answer": {"model": "m", "prompts": "p.jsonl", "out": "o"},
     "judge": {"model": "m", "prompts": "p.jsonl", "out": "o", "judge_model": "j"},
     "reproduce": {},
 }

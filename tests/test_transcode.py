@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
+from conftest import folder_bytes
 from slow_transcode import slow_transcode
-from test_align import FAMILIES, byte_level
+from test_align import FAMILIES, byte_level, fast
+from tokenizers import Tokenizer
 
+from sparsekd.cache import CacheReader, check_alignment, verify
+from sparsekd.errors import MismatchError, RecipeError, SourceError
 from sparsekd.redraw import Answers, Draws, rewrite
 from sparsekd.retokenise import cut_ids, pair_of, retokenise
+from sparsekd.transcode import transcode
+from sparsekd.vocab import load_tokenizer
+from sparsekd.vocab_bytes import text_of, vocabulary_bytes
 
 TEXTS = [
     "The cat sees the dog, and counts 1 2 3.\n",
@@ -93,3 +104,129 @@ def test_the_fast_path_is_its_slow_twin(families, teacher, student, unresolved):
     finer = (teacher, student) != ("small", "byte_level")  # else every student token starts where a teacher token does
     expected = {"accepted", "rejected", "open", *["short"] * finer, *["dropped"] * (unresolved == "drop")}
     assert {name for name, mass in seen.items() if mass} == expected
+
+
+# --- caches ---------------------------------------------------------------------------------------------
+
+
+def students(world, tmp_path):
+    """Folders of tokenizers beside the world's: permuted, and of other sizes."""
+    description = json.loads(load_tokenizer(Path(world.cache) / "tokenizer").backend_tokenizer.to_str())
+    size = len(description["model"]["vocab"])
+    description["model"]["vocab"] = {piece: size - 1 - n for piece, n in description["model"]["vocab"].items()}
+    description["added_tokens"][0]["id"] = size - 1
+    texts = [json.loads(line)["text"] for line in Path(world.corpus).read_text().splitlines()]
+    made = {
+        "permuted": fast(Tokenizer.from_str(json.dumps(description)), eos_token="<|endoftext|>"),
+        "smaller": byte_level(270, texts),
+        "other": byte_level(400, texts[::-1]),
+    }
+    for name, tokenizer in made.items():
+        tokenizer.save_pretrained(tmp_path / name)
+    return {name: str(tmp_path / name) for name in made}
+
+
+@pytest.fixture(scope="module")
+def tokenizers(world, tmp_path_factory):
+    return students(world, tmp_path_factory.mktemp("tokenizers"))
+
+
+def test_the_same_tokenizer_gives_the_same_bits(world, tmp_path):
+    """unresolved=point on the cache's own tokenizer: every row and count is the input's."""
+    transcode(cache=world.cache, tokenizer=str(Path(world.cache) / "tokenizer"), out=tmp_path / "t", unresolved="point")
+    with CacheReader(world.cache) as old, CacheReader(tmp_path / "t") as new:
+        assert new.spec.codec == old.spec.codec
+        assert new.spec.sampler == old.spec.sampler
+        for row in range(len(old)):
+            a, b = old.record(row), new.record(row)
+            for name in ("input_ids", "starts", "supervised"):
+                assert np.array_equal(getattr(a, name), getattr(b, name))
+            assert np.array_equal(a.targets.ids, b.targets.ids)
+            assert np.array_equal(a.targets.values, b.targets.values)
+            assert np.array_equal(a.targets.sizes, b.targets.sizes)
+
+
+def test_a_permuted_vocabulary_is_the_same_up_to_the_permutation(world, tokenizers, tmp_path):
+    """Counts, ids and rows, through the permutation."""
+    transcode(cache=world.cache, tokenizer=tokenizers["permuted"], out=tmp_path / "t")
+    with CacheReader(world.cache) as old, CacheReader(tmp_path / "t") as new:
+        last = old.spec.tokenizer["vocab_size"] - 1
+        for row in range(len(old)):
+            a, b = old[row], new[row]
+            assert np.array_equal(last - a.input_ids.astype(int), b.input_ids)
+            dense = [np.zeros((len(r.targets.ids), last + 1)) for r in (a, b)]
+            for r, d in zip((a, b), dense, strict=True):
+                np.add.at(d, (np.arange(len(d))[:, None], r.targets.ids), r.targets.weights)
+            assert np.array_equal(dense[0][:, ::-1], dense[1])
+
+
+def test_rows_keep_their_text_and_the_mass_is_whole(world, tokenizers, tmp_path):
+    """The student's tokens have the teacher's bytes; weights sum to 1; accepted + rejected + short + dropped = 1."""
+    for name, unresolved in (("smaller", "point"), ("other", "drop")):
+        out = tmp_path / name
+        found = transcode(cache=world.cache, tokenizer=tokenizers[name], out=out, unresolved=unresolved)["survey"]
+        assert found["accepted"] + found["rejected"] + found["short"] + found["dropped"] == pytest.approx(1)
+        assert (found["dropped"] > 0) == (unresolved == "drop")
+        assert found["lost"] == found["cut"] == 0
+        assert verify(out).problems == []
+        theirs, ours = (vocabulary_bytes(load_tokenizer(Path(p) / "tokenizer")) for p in (world.cache, out))
+        with CacheReader(world.cache) as old, CacheReader(out) as new:
+            check_alignment(new)
+            for row in range(len(old)):
+                record = new.record(row)
+                assert text_of(record.input_ids, ours) == text_of(old.record(row).input_ids, theirs)
+                sums = np.bincount(record.targets.positions, record.targets.weights, len(record.targets.sizes))
+                assert np.allclose(sums, 1, atol=1e-3)  # what prob40 rounds
+
+
+def test_any_number_of_workers_makes_the_same_bytes(world, tokenizers, tmp_path):
+    """One process, two, and one that goes on after half of the shards were made and one was damaged."""
+    settings = {"cache": world.cache, "tokenizer": tokenizers["other"]}
+    transcode(**settings, out=tmp_path / "one")
+    transcode(**settings, out=tmp_path / "two", workers=2)
+    assert "manifest" not in transcode(**settings, out=tmp_path / "resumed", shard_range="0:2")
+    shard = tmp_path / "resumed" / "shard-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    transcode(**settings, out=tmp_path / "resumed")
+    wanted = folder_bytes(tmp_path / "one")
+    assert len(wanted) > 4
+    assert folder_bytes(tmp_path / "two") == wanted
+    assert folder_bytes(tmp_path / "resumed") == wanted
+
+
+def test_a_student_trains_on_it(world, tokenizers, tmp_path):
+    """A cache like any other: open, canary, a few steps."""
+    from sparsekd.train import train
+
+    transcode(cache=world.cache, tokenizer=tokenizers["smaller"], out=tmp_path / "t")
+    metrics = train(
+        out=tmp_path / "s", student={"family": "tiny", "hidden_size": 16, "intermediate_size": 32},
+        cache=str(tmp_path / "t"), max_steps=3, batch_size=4, device="cpu", progress=False,
+    )  # fmt: skip
+    assert metrics["steps"] == 3
+
+
+def test_refusals(world, tokenizers, tmp_path):
+    """What cannot be transcoded is told with the way out."""
+    with pytest.raises(RecipeError, match="unresolved='x' is not one of point, drop"):
+        transcode(cache=world.cache, tokenizer=tokenizers["other"], out=tmp_path / "t", unresolved="x")
+    with pytest.raises(RecipeError, match="needs out=FOLDER, or dry_run=true"):
+        transcode(cache=world.cache, tokenizer=tokenizers["other"])
+    transcode(cache=world.cache, tokenizer=tokenizers["other"], out=tmp_path / "t")
+    with pytest.raises(MismatchError, match=r"transcoded\.chain"):
+        transcode(cache=world.cache, tokenizer=tokenizers["other"], out=tmp_path / "t", chain=1)
+    shutil.rmtree(tmp_path / "t" / "tokenizer")
+    with pytest.raises(SourceError, match="carries no tokenizer"):
+        transcode(cache=tmp_path / "t", tokenizer=tokenizers["other"], out=tmp_path / "u")
+
+
+def test_a_control_token_without_counterpart_is_refused():
+    """A chat's marker in the rows, and a student that has none of that name."""
+    teacher = byte_level()
+    teacher.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    pair = pair_of(teacher, byte_level(300))
+    ids = np.array(
+        [*teacher("The cat", add_special_tokens=False)["input_ids"], teacher.convert_tokens_to_ids("<|turn|>")]
+    )
+    with pytest.raises(MismatchError, match=r"control token '<\|turn\|>'"):
+        retokenise([(ids, np.zeros(len(ids), bool))], pair, Answers(pair=pair).contexts)

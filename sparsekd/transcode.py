@@ -1,0 +1,282 @@
+"""Transcode: a cache in, a cache in another tokenizer's vocabulary out, without the teacher.
+
+cache + student's tokenizer -> every row's text in the student's tokens, every draw rewritten -> cache
+"""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache as remember
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparsekd import vocab
+from sparsekd.cache import CacheReader, CacheSpec, CacheWriter, RowRecord
+from sparsekd.checks import check_at_least
+from sparsekd.codec import CODECS, CURVES, codec_spec, encode_row
+from sparsekd.errors import MismatchError, RecipeError, SourceError
+from sparsekd.files import canonical_json, is_url
+from sparsekd.manifest import shard_name
+from sparsekd.order import permute
+from sparsekd.redraw import UNRESOLVED, Answers
+from sparsekd.retokenise import pair_of, retokenise
+from sparsekd.transcoding import (
+    CHUNK_TOKENS,
+    Settings,
+    renumbered,
+    sum_counts,
+    transcode_records,
+    without_padding,
+)
+
+# Rows that seq_len is chosen from, and that the survey counts.
+SURVEY_ROWS = 256
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """A cache, two tokenizers and how one becomes the other; each process opens its own."""
+
+    reader: CacheReader
+    answers: Answers
+    settings: Settings
+    spec: CacheSpec
+
+
+def transcode(
+    *,
+    cache: str | Path,
+    tokenizer: str,
+    out: str | Path | None = None,
+    unresolved: str = "point",
+    chain: int = 3,
+    seq_len: int | None = None,
+    workers: int = 1,
+    shard_range: str | None = None,
+    dry_run: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Rewrite a cache into the vocabulary of `tokenizer`, so that a student of another family can be trained on it.
+
+    Every drawn token is read as the student's tokenizer would read it after the student's text so far. A tokenizer that
+    differs from the teacher's in the numbers of its ids only gives the same targets bit for bit. Run it again to
+    resume; any number of workers makes the same bytes.
+
+    Args:
+        cache: captured from the teacher; it must carry the teacher's tokenizer (`capture` puts it there).
+        tokenizer: the student's, a folder or an id: byte-level BPE or SentencePiece (BPE, Unigram).
+        out: the folder that takes the new cache.
+        unresolved: what becomes of a draw that more text might make a longer token: point (the token as it stands) or
+            drop (left out, the position's other draws take its weight).
+        chain: how many positions a realised draw is followed to resolve it.
+        seq_len: tokens of a new row; default: the longest of some rows, so that next to nothing is cut.
+        workers: processes.
+        shard_range: "a:b" makes only the shards a .. b-1.
+        dry_run: only count, on some rows, what the change of tokenizer costs.
+        progress: called with (shards done, shards) after each.
+
+    Returns:
+        survey (shares counted on some rows, see `survey`), and manifest unless dry_run or shards of others are missing.
+
+    Raises:
+        RecipeError: an unknown name, or a setting outside its range.
+        SourceError: a tokenizer that cannot be opened, or of another family.
+        MismatchError: a cache without ids or tokenizer, or control tokens that the student's tokenizer does not have.
+    """
+    check_at_least(1, workers=workers)
+    check_at_least(2, seq_len=seq_len)
+    check_at_least(0, chain=chain)
+    if unresolved not in UNRESOLVED:
+        raise RecipeError(f"unresolved={unresolved!r} is not one of {', '.join(UNRESOLVED)}")
+    if out is None and not dry_run:
+        raise RecipeError("transcode needs out=FOLDER, or dry_run=true to see what it would cost")
+    words = (str(cache), tokenizer, unresolved, chain, seq_len)
+    job = open_job(*words)
+    result: dict[str, Any] = {"survey": survey(job)}
+    if dry_run or out is None:
+        return result
+    writer = CacheWriter(out, job.spec)
+    vocab.load_tokenizer(tokenizer).save_pretrained(Path(out) / "tokenizer")
+    todo = writer.missing(_parse_range(shard_range, job.spec.shards))
+    for done, _ in enumerate(_made(words, str(out), todo, workers), 1):
+        if progress:
+            progress(done, len(todo))
+    if all((Path(out) / shard_name(shard)).exists() for shard in range(job.spec.shards)):
+        result["manifest"] = writer.finalize()
+    return result
+
+
+def _made(words: tuple[Any, ...], out: str, todo: list[int], workers: int) -> Iterator[int]:
+    """Make the shards, one or several at a time; their numbers as they are done."""
+    if workers == 1 or len(todo) < 2:
+        yield from (make_shard(words, out, shard) for shard in todo)
+        return
+    with ProcessPoolExecutor(min(workers, len(todo)), multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(make_shard, words, out, shard) for shard in todo]
+        try:
+            yield from (future.result() for future in as_completed(futures))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def make_shard(words: tuple[Any, ...], out: str, shard: int) -> int:
+    """One shard of the job that the words describe, and its number."""
+    job = _opened(words)
+    writer = _writer(words, out)
+    writer.write(shard, [record for part, _ in transcoded(job, job.spec.shard_range(shard)) for record in part])
+    return shard
+
+
+@lru_cache(1)
+def _opened(words: tuple[Any, ...]) -> Job:
+    return open_job(*words)
+
+
+@remember
+def _writer(words: tuple[Any, ...], out: str) -> CacheWriter:
+    return CacheWriter(out, _opened(words).spec)
+
+
+# --- the job --------------------------------------------------------------------------------------------
+
+
+def open_job(cache: str, tokenizer: str, unresolved: str, chain: int, seq_len: int | None) -> Job:
+    """The cache, both tokenizers, and the identity of the cache that will come of them."""
+    reader, student = CacheReader(cache), vocab.load_tokenizer(tokenizer)
+    if CODECS[reader.spec.codec["name"]].holds == CURVES:
+        raise MismatchError(
+            f"{cache} holds sorted curves, which have no ids to rewrite; train on it with ULD, or capture with another "
+            "sampler"
+        )
+    pair = pair_of(_own_tokenizer(cache, reader), student, reader.spec.logit_width)
+    answers = Answers(pair=pair)
+    size = reader.spec.seq_len if pair.same is not None else seq_len or _seq_len(reader, answers)
+    settings = Settings(seq_len=size, unresolved=unresolved, chain=chain)
+    spec = _spec(reader.spec, student, settings, renumbers=pair.same is not None)
+    return Job(reader=reader, answers=answers, settings=settings, spec=spec)
+
+
+def _own_tokenizer(cache: str, reader: CacheReader) -> Any:
+    """The tokenizer in the cache's folder, if it is the one that the cache names."""
+    if is_url(cache):
+        raise RecipeError(f"transcode reads a local cache; copy {cache} here first")
+    folder, wanted = Path(cache) / "tokenizer", reader.spec.tokenizer.get("hash")
+    if not folder.is_dir():
+        raise SourceError(f"{cache} carries no tokenizer; put the teacher's into {folder} (tokenizer.save_pretrained)")
+    opened = vocab.load_tokenizer(folder)
+    if (found := vocab.fingerprint(opened)) != wanted:
+        raise MismatchError(
+            f"{folder} has hash {found[:12]}, the cache was made with {str(wanted)[:12]}; put that one there"
+        )
+    return opened
+
+
+def _seq_len(reader: CacheReader, answers: Answers) -> int:
+    """The longest of some rows in the student's tokens, up to a multiple of 8."""
+    rows = [reader.record(row) for row in _survey_rows(reader)]
+    given = [(record.input_ids.astype(np.int64), record.starts) for record in rows]
+    longest = max(len(row.ids) for row in retokenise(given, answers.pair, answers.contexts))
+    return max(2, -(-longest // 8) * 8)
+
+
+def _survey_rows(reader: CacheReader) -> list[int]:
+    count = len(reader)
+    return sorted(permute(np.arange(min(SURVEY_ROWS, count)), count, seed=0).tolist())
+
+
+def _spec(spec: CacheSpec, student: Any, settings: Settings, *, renumbers: bool) -> CacheSpec:
+    """The new cache's identity: its rows are no longer those that were packed, and it says what was done to them."""
+    bos, eos = vocab.document_ends(student)
+    size = vocab.vocab_size(student)
+    described = {"hash": vocab.fingerprint(student), "vocab_size": size, "name": vocab.name_of(student)}
+    made = {"from_tokenizer": spec.tokenizer.get("name"), "from_fingerprint": spec.data.get("fingerprint")}
+    if not renumbers:
+        made |= {"unresolved": settings.unresolved, "chain": settings.chain}
+    rows = [spec.data.get("fingerprint"), spec.rows, spec.seq_len, described["hash"], settings.seq_len]
+    return CacheSpec(
+        rows=spec.rows,
+        seq_len=settings.seq_len,
+        shard_rows=spec.shard_rows,
+        logit_width=size,
+        codec=spec.codec | {"logit_width": size} if renumbers else codec_spec("prob40", logit_width=size, rounds=None),
+        sampler=spec.sampler | ({} if renumbers else {"unbiased": False}),
+        teacher=spec.teacher,
+        tokenizer=described | {"eos_id": eos, "bos_id": bos},
+        data=spec.data | {"fingerprint": hashlib.sha256(canonical_json(rows)).hexdigest(), "transcoded": made},
+        capture=spec.capture,
+    )
+
+
+def transcoded(job: Job, rows: range | list[int]) -> Iterator[tuple[list[RowRecord], dict[str, float]]]:
+    """The rows in chunks, in the student's vocabulary, with what was counted."""
+    size = max(1, CHUNK_TOKENS // job.reader.spec.seq_len)
+    for first in range(0, len(rows), size):
+        part = rows[first : first + size]
+        records = [job.reader.record(row) for row in part]
+        if (same := job.answers.pair.same) is not None:
+            yield [renumbered(record, same) for record in records], {}
+        else:
+            last = len(job.reader) - 1
+            sizes = [
+                without_padding(record) if row == last else len(record.input_ids)
+                for row, record in zip(part, records, strict=True)
+            ]
+            yield transcode_records(records, sizes, job.answers, job.settings)
+
+
+def survey(job: Job) -> dict[str, Any]:
+    """What the change of tokenizer costs, counted on some rows.
+
+    shared_starts, identical_spans: of the student's tokens, those that start where (cover what) a teacher's token does.
+    covered: of the positions, those that get targets. accepted, rejected, short, dropped: of the draws' mass, where
+    there is any; open: what is decided by `unresolved`. noise: variance of a target over that of the same number of
+    draws that nothing is rejected of. cut: tokens beyond seq_len. lost: tokens of text that does not come back.
+    bytes_per_token, tokens_per_teacher_token, and what the cache had: from_bytes_per_token.
+    """
+    pair, rows = job.answers.pair, _survey_rows(job.reader)
+    parts = list(transcoded(job, rows))
+    records = [record for made, _ in parts for record in made]
+    size = sum(len(encode_row(r.input_ids, r.targets, r.supervised, job.spec.codec)) for r in records)
+    spent = job.reader.stats["payload_bytes"] / job.reader.stats["tokens"]
+    if pair.same is not None:
+        return {"same": True, "seq_len": job.settings.seq_len, "from_bytes_per_token": spent, "bytes_per_token": spent}
+    counts = sum_counts([found for _, found in parts])
+    tokens, spoken = max(counts["student_tokens"], 1), max(counts["spoken"], 1)
+    shares = {name: counts[name] / spoken for name in ("accepted", "rejected", "short", "dropped", "open")}
+    return {
+        "same": False,
+        "rows": len(rows),
+        "seq_len": job.settings.seq_len,
+        "tokens_per_teacher_token": counts["student_tokens"] / max(counts["teacher_tokens"], 1),
+        "shared_starts": counts["shared_starts"] / tokens,
+        "identical_spans": counts["identical_spans"] / tokens,
+        "covered": counts["covered"] / max(counts["positions"], 1),
+        **shares,
+        "noise": counts["noise"] / max(counts["covered"], 1),
+        "cut": counts["cut"] / tokens,
+        "lost": counts["lost_tokens"] / tokens,
+        "filled": 1 - max(0.0, (tokens - counts["cut"])) / (len(rows) * job.settings.seq_len),
+        "from_bytes_per_token": spent,
+        "bytes_per_token": size / tokens,
+    }
+
+
+def _parse_range(text: str | None, shards: int) -> range:
+    """ "a:b" as shards a .. b-1."""
+    if text is None:
+        return range(shards)
+    first, separator, last = text.partition(":")
+    with suppress(ValueError):
+        start, stop = int(first or 0), int(last or shards)
+        if separator and 0 <= start < stop <= shards:
+            return range(start, stop)
+    raise RecipeError(f"shard_range={text!r} is not a:b with 0 <= a < b <= {shards} (the cache has {shards} shards)")
