@@ -21,6 +21,15 @@ from .codec_counts import decode_counts, decode_importance, encode_counts, encod
 from .codec_curve import are_edges, decode_curve, encode_curve
 from .codec_ints import zstd_version
 from .codec_split import decode_split, decode_split_row, encode_split, encode_split_row
+from .codec_split_weights import (
+    Rounding,
+    decode_weights,
+    decode_weights_row,
+    encode_weights,
+    encode_weights_row,
+    nearest,
+    unbiased,
+)
 from .codec_weights import decode_prob24, decode_prob40, encode_prob24, encode_prob40
 from .errors import FormatError, MismatchError, RecipeError
 from .flat import FlatTargets, Importance
@@ -87,6 +96,20 @@ def _counted(encode: Any, decode: Any, *, holds: str, width: int, id_bits: int, 
 
 
 _counts_codec = partial(_counted, encode_counts, decode_counts, holds=COUNTS)
+
+
+def _split_weights(rounding: Rounding) -> Codec:
+    return Codec(
+        encode=partial(encode_weights, rounding=rounding),
+        decode=decode_weights,
+        holds=WEIGHTS,
+        id_bits=20,
+        encode_row=partial(encode_weights_row, rounding=rounding),
+        decode_row=decode_weights_row,
+        ranked=True,
+    )
+
+
 _importance_codec = partial(_counted, encode_importance, decode_importance, holds=IMPORTANCE)
 
 CODECS: dict[str, Codec] = {
@@ -107,6 +130,8 @@ CODECS: dict[str, Codec] = {
     "ratio48": _importance_codec(width=6, id_bits=20, max_rounds=2**20),
     "prob24": Codec(encode=encode_prob24, decode=decode_prob24, holds=WEIGHTS, id_bits=17),
     "prob40": Codec(encode=encode_prob40, decode=decode_prob40, holds=WEIGHTS, id_bits=24),
+    "split_prob": _split_weights(nearest),
+    "split_prob_unbiased": _split_weights(unbiased),
     "curve8": Codec(encode=encode_curve, decode=decode_curve, holds=CURVES, id_bits=24),
 }
 
@@ -225,8 +250,8 @@ def _check_kind(flat: FlatTargets, codec: Codec, spec: Spec) -> None:
     held = WEIGHTS if flat.rounds is None else COUNTS if flat.importance is None else IMPORTANCE
     held = held if flat.curve is None else CURVES
     way_out = (
-        "counts need split, raw24, raw40 or paper24, importance draws ratio32 or ratio48, weights prob24 or prob40, "
-        "sorted curves curve8 (the rounds are the cache's)"
+        "counts need split, raw24, raw40 or paper24, importance draws ratio32 or ratio48, weights split_prob, prob24 "
+        "or prob40, sorted curves curve8 (the rounds are the cache's)"
     )
     if flat.rounds != spec.get("rounds"):
         raise MismatchError(

@@ -28,7 +28,7 @@ Spec = Mapping[str, Any]
 
 _BITS = 20  # of an id, of a count ; a position's number has the 24 that are left
 _LOW = 2**_BITS - 1
-_MOST_ENTRIES = MOST_VALUES // 4  # so that all values of a row fit in one list
+MOST_ENTRIES = MOST_VALUES // 4  # so that all values of a row fit in one list
 
 
 # --- targets --------------------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ def _encode(flat: FlatTargets) -> bytes:
     steps = counts - np.uint32(2)
     steps[:-1] -= steps[1:]
     steps[last] = counts[last] - np.uint32(2)
-    return encode_ints([multiple, steps[top], steps[rest], _id_steps(flat, first)])
+    return encode_ints([multiple, steps[top], steps[rest], id_steps(flat.ids, run_starts(flat.values, first))])
 
 
 def _ends_of(sizes: Array) -> tuple[Array, Array, Array]:
@@ -65,10 +65,10 @@ def _ends_of(sizes: Array) -> tuple[Array, Array, Array]:
 
 def _sorted(flat: FlatTargets, spec: Spec) -> FlatTargets:
     """The same targets by falling count, then rising id; MismatchError for ids twice or counts of another sum."""
-    if max(len(flat.ids), len(flat.sizes)) > _MOST_ENTRIES:
-        raise MismatchError(f"a row has {len(flat.ids)} entries, split holds {_MOST_ENTRIES}; make rows shorter")
+    if max(len(flat.ids), len(flat.sizes)) > MOST_ENTRIES:
+        raise MismatchError(f"a row has {len(flat.ids)} entries, split holds {MOST_ENTRIES}; make rows shorter")
     _check_sums(flat.values, flat.sizes, spec["rounds"])
-    twice = _twice(flat.ids, flat.sizes, spec["logit_width"])
+    twice = find_twice(flat.ids, flat.sizes, spec["logit_width"])
     if twice is not None:
         raise MismatchError(f"supervised position {twice} has an id twice; add its counts up before encoding")
     heads = (np.arange(len(flat.sizes), dtype=np.uint64) << np.uint64(2 * _BITS)) + np.uint64(2 ** (2 * _BITS))
@@ -81,19 +81,20 @@ def _sorted(flat: FlatTargets, spec: Spec) -> FlatTargets:
     return replace(flat, ids=(keys & np.uint64(_LOW)).astype(np.uint32), values=counts.astype(np.uint32))
 
 
-def _twice(ids: Array, sizes: Array, width: int) -> int | None:
-    """The first position that has an id twice; no position is empty."""
-    narrow = len(sizes) * width < 2**32  # sorts three times as fast
-    keys = np.zeros(len(ids), np.uint32 if narrow else np.uint64)
-    keys[np.cumsum(sizes)[:-1]] = width
+def find_twice(ids: Array, sizes: Array, width: int) -> int | None:
+    """The first position that has an id twice."""
+    narrow = len(sizes) * width < 2**32  # uint32 sorts several times as fast
+    keys: Array = np.zeros(len(ids), np.uint32 if narrow else np.uint64)
+    filled = np.flatnonzero(sizes)
+    keys[np.cumsum(sizes[filled])[:-1]] = width
     keys = np.cumsum(keys, dtype=keys.dtype, out=keys)
     keys += ids
     keys.sort()
     same = np.flatnonzero(keys[1:] == keys[:-1])
-    return int(keys[same[0]]) // width if len(same) else None
+    return int(filled[int(keys[same[0]]) // width]) if len(same) else None
 
 
-def _run_starts(counts: Array, first: Array) -> Array:
+def run_starts(counts: Array, first: Array) -> Array:
     """Indices of the entries that begin a run of equal counts in a position."""
     starts = np.ones(len(counts), bool)
     np.not_equal(counts[1:], counts[:-1], out=starts[1:])
@@ -101,12 +102,11 @@ def _run_starts(counts: Array, first: Array) -> Array:
     return np.flatnonzero(starts)
 
 
-def _id_steps(flat: FlatTargets, first: Array) -> Array:
-    """[M] the id where a run of equal counts begins, else how many ids were passed over since the one before."""
-    starts = _run_starts(flat.values, first)
-    steps = flat.ids.copy()
-    steps[1:] -= flat.ids[:-1] + np.uint32(1)
-    steps[starts] = flat.ids[starts]
+def id_steps(ids: Array, starts: Array) -> Array:
+    """[M] the id where a run begins, else how many ids were passed over since the one before."""
+    steps = ids.copy()
+    steps[1:] -= ids[:-1] + np.uint32(1)
+    steps[starts] = ids[starts]
     return steps
 
 
@@ -140,8 +140,8 @@ def _decode(data: bytes, positions: int, spec: Spec) -> tuple[FlatTargets, int]:
     first = np.cumsum(sizes) - sizes
     everything = np.ones(len(steps), np.uint32)
     everything[_places(first, multiple)] = counts
-    ids = _ids(steps, _run_starts(everything, first), rounds)
-    _check_ids(ids, sizes, spec["logit_width"])
+    ids = ids_of_steps(steps, run_starts(everything, first), rounds)
+    check_ids(ids, sizes, spec["logit_width"])
     ids = ids.astype(np.uint32, copy=False)
     return FlatTargets(ids=ids, values=everything, sizes=sizes, rounds=rounds), used
 
@@ -181,10 +181,10 @@ def _sums(values: Array, sizes: Array) -> Array:
     return sums
 
 
-def _ids(steps: Array, starts: Array, rounds: int) -> Array:
+def ids_of_steps(steps: Array, starts: Array, longest: int) -> Array:
     """[M] ids: the running sum of each run; one sum over all, whose runs begin by taking back the one before."""
     # A run's own sum must not wrap around; what the runs before it left may, and cancels.
-    wide = np.uint32 if rounds * MOST_VALUE < 2**32 else np.uint64
+    wide = np.uint32 if longest * MOST_VALUE < 2**32 else np.uint64
     rises = steps + wide(1)
     rises[starts] -= wide(1)
     running = np.cumsum(rises, dtype=wide)
@@ -193,12 +193,12 @@ def _ids(steps: Array, starts: Array, rounds: int) -> Array:
     return np.cumsum(rises, dtype=wide, out=running)
 
 
-def _check_ids(ids: Array, sizes: Array, width: int) -> None:
+def check_ids(ids: Array, sizes: Array, width: int) -> None:
     """FormatError for an id beyond the vocabulary or twice in a position."""
     if len(ids) and int(ids.max()) >= width:
         position = np.searchsorted(np.cumsum(sizes), int(np.argmax(ids)), side="right")
         refuse(int(position), f"id {ids.max()}, but logit_width={width}")
-    twice = _twice(ids.astype(np.uint32, copy=False), sizes, width)
+    twice = find_twice(ids.astype(np.uint32, copy=False), sizes, width)
     if twice is not None:
         refuse(twice, "an id twice")
 
@@ -207,22 +207,32 @@ def _check_ids(ids: Array, sizes: Array, width: int) -> None:
 
 
 def encode_split_row(input_ids: Array, flat: FlatTargets, supervised: Array, spec: Spec) -> bytes:
-    """The targets, then which of its ids each next token is, then the input ids that this does not say."""
+    """The targets, then the input ids, as `encode_inputs` has them."""
     flat = _sorted(flat, spec)
-    at = np.flatnonzero(flat.matches(input_ids[1:][supervised[1:]]))
-    owners = flat.positions[at]
-    slots = np.zeros(len(flat.sizes), np.int64)
-    slots[owners] = at - (np.cumsum(flat.sizes) - flat.sizes)[owners] + 1
-    return _encode(flat) + encode_ints([slots, input_ids[~_told(slots, supervised)]])
+    return _encode(flat) + encode_inputs(input_ids, flat, supervised)
 
 
 def decode_split_row(block: bytes, seq_len: int, supervised: Array, spec: Spec) -> tuple[Array, FlatTargets]:
     """input_ids [L] uint32 and the targets of the supervised positions."""
-    positions = int(np.count_nonzero(supervised[1:]))
-    flat, used = _decode(block, positions, spec)
-    values, taken = decode_ints(block[used:], positions + seq_len)
-    if used + taken != len(block):
-        raise FormatError(f"a row takes {used + taken} bytes of {len(block)}; the file is damaged")
+    flat, used = _decode(block, int(np.count_nonzero(supervised[1:])), spec)
+    return decode_inputs(block[used:], flat, seq_len, supervised), flat
+
+
+def encode_inputs(input_ids: Array, flat: FlatTargets, supervised: Array) -> bytes:
+    """Which of its position's entries each next token is, then the input ids that this does not say."""
+    at = np.flatnonzero(flat.matches(input_ids[1:][supervised[1:]]))
+    owners = flat.positions[at]
+    slots = np.zeros(len(flat.sizes), np.int64)
+    slots[owners] = at - (np.cumsum(flat.sizes) - flat.sizes)[owners] + 1
+    return encode_ints([slots, input_ids[~_told(slots, supervised)]])
+
+
+def decode_inputs(data: bytes, flat: FlatTargets, seq_len: int, supervised: Array) -> Array:
+    """[L] uint32: the inverse, given the targets with their entries in the same order."""
+    positions = len(flat.sizes)
+    values, used = decode_ints(data, positions + seq_len)
+    if used != len(data):
+        raise FormatError(f"the input ids take {used} bytes of {len(data)}; the file is damaged")
     slots, spelled = values[:positions].astype(np.int64), values[positions:]
     wrong = np.flatnonzero(slots > flat.sizes[: len(slots)])
     if len(wrong):
@@ -233,7 +243,7 @@ def decode_split_row(block: bytes, seq_len: int, supervised: Array, spec: Spec) 
     input_ids = np.empty(seq_len, np.uint32)
     input_ids[~told] = spelled
     input_ids[told] = flat.ids[((np.cumsum(flat.sizes) - flat.sizes) + slots - 1)[slots > 0]]
-    return input_ids, flat
+    return input_ids
 
 
 def _told(slots: Array, supervised: Array) -> Array:

@@ -23,7 +23,7 @@ OCTAVE = 1024  # log-codes count 1/1024 octaves: half a unit is a relative error
 SMALLEST = 150 * OCTAVE  # 2^-149 is the smallest positive float32
 
 
-def _positive(flat: FlatTargets) -> FlatTargets:
+def positive(flat: FlatTargets) -> FlatTargets:
     """The entries of positive weight; MismatchError for a weight that is negative or not finite."""
     fine = np.isfinite(flat.values) & (flat.values >= 0)
     if not fine.all():
@@ -62,7 +62,7 @@ def _power_table() -> Array:
 
 def encode_prob40(flat: FlatTargets, spec: Spec) -> bytes:
     """Weights up to 2^16, each as its own logarithm."""
-    flat = _positive(flat)
+    flat = positive(flat)
     codes = np.rint((16 - np.log2(flat.values.astype(np.float64))) * OCTAVE).clip(0, 65535)
     words = flat.ids.astype(np.uint64) | (codes.astype(np.uint64) << np.uint64(24))
     return _with_sizes(flat.sizes, words, 5)
@@ -78,7 +78,7 @@ def decode_prob40(data: bytes, positions: int, spec: Spec) -> FlatTargets:
 
 def encode_prob24(flat: FlatTargets, spec: Spec) -> bytes:
     """Probabilities in descending order, each as its ratio to the one before."""
-    flat = _positive(flat)
+    flat = positive(flat)
     if len(flat.values) and float(flat.values.max()) > 1.001:
         raise MismatchError(f"prob24 holds probabilities, got a weight of {flat.values.max()}; use prob40")
     order = np.lexsort((-flat.values, flat.positions))

@@ -79,6 +79,9 @@ GOLDEN_WEIGHTS = {
     # id 999 with 1/2 and id 3 with 1/4; nothing; id 7 with 1
     "prob24": "0200 0000 0100 e70340 030040 070000",
     "prob40": "0200 0000 0100 e703000044 0300000048 0700000040",
+    # sizes 2 0 1; first levels 32 (one octave) 0; a step of 32; ids 999 (class 0x83, low byte 0x67), 3, 7
+    "split_prob": "1b000000 28b52ffd 2009 180000 020001 100000 2000 080000 20 190000 830307 67",
+    "split_prob_unbiased": "1b000000 28b52ffd 2009 180000 020001 100000 2000 080000 20 190000 830307 67",
 }
 GOLDEN_DRAWS = {
     # H = 3 bits and 0 bits; largest p 1/2 and 1; id 999 (p 1/2) once and id 3 (p 1/4) four times; id 7 five times

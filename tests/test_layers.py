@@ -42,6 +42,7 @@ LAYERS: dict[str, set[str]] = {
         "codec_counts",
         "codec_ints",
         "codec_split",
+        "codec_split_weights",
         "id_ranks",
         "codec_curve",
         "codec",
