@@ -14,6 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -104,7 +105,11 @@ def loss_and_gradients(
         hidden_CH = hidden_NH[chosen].to(compute)
         logits_CV = torch.mm(hidden_CH, head.T, out=workspace(len(hidden_CH), head))
         scale = scale_N[part] if wanted.any else None
-        losses = chunk_losses_(logits_CV, rows[part], scale, bias, form, options, merge)
+        kernel = _row_kernel(logits_CV, rows) if merge is None else None
+        if kernel is not None:
+            losses = kernel(logits_CV, rows[part], scale, bias, form, options)
+        else:
+            losses = chunk_losses_(logits_CV, rows[part], scale, bias, form, options, merge)
         total += (losses * scale_N[part]).sum()
         if grad_bias is not None:
             grad_bias += logits_CV.sum(0, dtype=working)
@@ -156,6 +161,15 @@ def chunk_losses_(
     for part, tile, slope, seen in zip(parts, tiles, slopes, merge(list(seens), options.temperature), strict=True):
         write(part, tile, slope, seen)
     return losses
+
+
+def _row_kernel(logits_CV: Tensor, rows: Rows) -> Callable[..., Tensor] | None:
+    """The Triton kernel in the place of `chunk_losses_`, where there is a GPU, Triton, and it can compute `rows`."""
+    if logits_CV.device.type != "cuda" or not find_spec("triton"):
+        return None
+    from sparsekd import fused_triton
+
+    return fused_triton.chunk_losses_ if fused_triton.fits(rows) else None
 
 
 def _apply_(tile_CV: Tensor, bias: Tensor | None, form: HeadForm) -> Tensor | None:

@@ -26,6 +26,7 @@ LAYERS: dict[str, set[str]] = {
         "fused",
         "fused_chunks",
         "fused_parallel",
+        "fused_triton",
         "sketch",
         "uld",
         "alm",
