@@ -166,6 +166,13 @@ class Lab:
             )
         return self._rows
 
+    def seq_len(self) -> int:
+        """Tokens of a row: the user's rows have their own."""
+        from sparsekd.packed import RowsReader
+
+        with RowsReader(self.rows()) as reader:
+            return reader.seq_len
+
     def teacher(self) -> str:
         """The teacher's folder, trained by cross-entropy when none was given."""
         if self._teacher is None:

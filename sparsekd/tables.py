@@ -57,7 +57,7 @@ def lab_of(folder: Path, settings: Settings) -> Lab:
 def scale_of(lab: Lab, paper: str) -> str:
     """One sentence on the difference in scale."""
     s = lab.settings
-    tokens = s.student_steps * s.batch_size * s.seq_len
+    tokens = s.student_steps * s.batch_size * lab.seq_len()
     return (
         f"The paper: {paper}. Here: a student of {_words(s.student)} under a teacher of {_words(s.teacher)}, "
         f"{tokens / 1e6:.1f}M tokens of {lab.text()}, {len(s.seeds)} seed{'s' * (len(s.seeds) != 1)}."

@@ -38,7 +38,7 @@ def table13(folder: Path, settings: Settings) -> Result:
         paper=Table(columns=COLUMNS, rows={name: exact(*values) for name, values in TABLE13_PAPER.items()}),
         scale=scale_of(lab, "300M students on rows of 4,096 tokens, a teacher that read rows of 1,024 or 4,096")
         + f" Every student learns from the same {kept:,} positions; FullKD is the teacher run online on the student's "
-        f"rows. A quarter is {lab.settings.seq_len // 4} tokens.",
+        f"rows. A quarter is {lab.seq_len() // 4} tokens.",
         findings=(
             judge(outcomes, Claim(better=ALIGNED, worse=SHORT)),
             judge(outcomes, Claim(better=SHUFFLED, worse=SHORT)),
@@ -64,7 +64,7 @@ def packings(lab: Lab) -> tuple[dict[str, str], int]:
     """
     from sparsekd.misalign import keep_common, misalign
 
-    length, home = lab.settings.seq_len, lab.folder / "packings"
+    length, home = lab.seq_len(), lab.folder / "packings"
     shapes = {ALIGNED: (0, length), SHUFFLED: (1, length), SHORT: (1, length // 4)}
     rows = {label: _packed(lab, home / f"rows-seed{seed}-{size}", seed, size) for label, (seed, size) in shapes.items()}
     made = {label: lab.cache(drawn(50), rows=path) for label, path in rows.items()}
@@ -156,7 +156,7 @@ def _history(lab: Lab, settings: Settings) -> str:
     return (
         f"The original was trained for {lab.settings.teacher_steps} steps on the standard library printed anew from "
         "its syntax trees (no comments, other quotes and line breaks; held-out files left out), and adapted for "
-        f"{_adapt_steps(lab)} steps on the real files."
+        f"{_adapt_steps(lab)} steps on the student's rows."
     )
 
 
@@ -212,7 +212,7 @@ def other_teacher(lab: Lab) -> str:
         return str(out)
     if not source.exists():
         _write_documents(_other_texts(set(texts_of(lab.rows(), "heldout"))), source)
-    rows = _pack(lab, source, home / "rows", seq_len=s.seq_len)
+    rows = _pack(lab, source, home / "rows", seq_len=lab.seq_len())
     lab.say(f"  lab: training a teacher on other text, {s.teacher_steps} steps")
     train(
         out=out,

@@ -19,7 +19,6 @@ from sparsekd.reproduction import Settings
 from sparsekd.teacher_tables import ADAPTED, ALIGNED, ORIGINAL, SHORT, SHUFFLED, packings, printed_anew, texts_of
 
 TINY = LabSettings(
-    seq_len=SEQ_LEN,
     teacher_steps=8,
     student={"family": "tiny", "hidden_size": 16, "intermediate_size": 32},
     student_rows=64,
@@ -32,7 +31,7 @@ TINY = LabSettings(
 
 @pytest.fixture
 def settings(world, monkeypatch):
-    """A lab of tiny students that are trained in this process, under the world's teacher."""
+    """A lab of tiny students trained in this process, its own sizes for rows of another length than the world's."""
     monkeypatch.setitem(lab_module.SETTINGS, "quick", TINY)
     monkeypatch.setattr(lab_module, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
     return Settings(seeds=1, rows=world.rows, teacher=world.teacher, say=lambda _: None)
@@ -69,7 +68,10 @@ def test_packings_differ_in_targets_alone(settings, world, tmp_path):
             assert np.array_equal(ours.supervised[1:], other.supervised[1:])
     made_for = {label: reader.spec.data.get("misaligned") for label, reader in readers.items()}
     assert made_for[ALIGNED] is None
-    assert [(made_for[x]["seed"], made_for[x]["seq_len"]) for x in (SHUFFLED, SHORT)] == [(1, 32), (1, 8)]
+    assert [(made_for[x]["seed"], made_for[x]["seq_len"]) for x in (SHUFFLED, SHORT)] == [
+        (1, SEQ_LEN),
+        (1, SEQ_LEN // 4),
+    ]
     rows = RowsReader(tmp_path / "lab" / "packings" / "rows-seed0-32")
     assert readers[ALIGNED].spec.data["fingerprint"] == rows.fingerprint
     assert kept > 0.8 * sum(int(row.supervised[1:].sum()) for row in rows)
