@@ -159,6 +159,32 @@ def _top_as_many(p_NV: Tensor, ids: Tensor) -> Tensor:
     return rest.gather(-1, ids.round().long().clamp(max=p_NV.shape[1] - 1)[:, None])[:, 0]
 
 
+def position_budget(p_NV: Tensor, q_NV: Tensor) -> None:
+    """What it costs to store targets at a share of the positions only, at equal expected ids over all positions.
+
+    A position is kept with probability π, in proportion to the teacher's entropy, and weighs 1/π. With v the squared
+    error of its targets and g = q - p its full gradient, its noise is (v + g²)/π - g²: what is dropped is not a
+    target's noise but the whole gradient.
+    """
+    entropy = -torch.xlogy(p_NV, p_NV).sum(-1)
+    pull = (q_NV - p_NV).square().sum(-1)
+    even = {n: fidelity(p_NV, "systematic", rounds=n) for n in (25, 30, 36, 44, 54, 70, 90, 120, 160, 220, 300)}
+    ids, base = float(even[25].ids.mean()), float(even[25].squared_error.mean())
+    print(f"\nposition budget: systematic 25 errs by {base:.4f}, the full gradient q - p is {float(pull.mean()):.4f}")
+    for share in (0.9, 0.75, 0.5, 0.25):
+        low, high = 0.0, 100.0
+        for _ in range(50):
+            middle = (low + high) / 2
+            small = float((middle * entropy).clamp(max=1).mean()) < share
+            low, high = (middle, high) if small else (low, middle)
+        pi = (high * entropy).clamp(max=1).clamp(min=1e-3)
+        rounds = min(even, key=lambda n: abs(float((pi * even[n].ids).mean()) - ids))
+        noise = float(((even[rounds].squared_error + pull) / pi - pull).mean())
+        print(
+            f"  {share:.0%} of the positions with {rounds} rounds: noise {noise:.4f}, {noise / base:.2f} of all with 25"
+        )
+
+
 # --- gradients ------------------------------------------------------------------------------------------
 
 
@@ -227,6 +253,8 @@ def main() -> None:
     print(f"V = {p_NV.shape[1]}, teacher's entropy {float(-torch.xlogy(p_NV, p_NV).sum(-1).mean()):.2f} nats\n")
     closed_forms(p_NV)
     student = models.open_model(str(a.demo / "students" / a.student), device="cpu")
+    with torch.no_grad():
+        position_budget(p_NV, student(input_ids=tokens).logits[:, :-1].flatten(0, 1).double().softmax(-1))
     print(f"\n{a.rows} rows of {reader.seq_len} tokens, student {a.student}, {a.seeds} seeds")
     gradients(student, teacher, reader, a.rows, a.seeds)
 
