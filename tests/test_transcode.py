@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from sparsekd.cache import CacheReader, check_alignment, verify
 from sparsekd.errors import MismatchError, RecipeError, SourceError
 from sparsekd.redraw import Answers, Draws, rewrite
-from sparsekd.retokenise import cut_ids, pair_of, retokenise
+from sparsekd.retokenise import Context, cut_ids, pair_of, retokenise
 from sparsekd.transcode import transcode
 from sparsekd.vocab import load_tokenizer
 from sparsekd.vocab_bytes import text_of, vocabulary_bytes
@@ -230,3 +230,69 @@ def test_a_control_token_without_counterpart_is_refused():
     )
     with pytest.raises(MismatchError, match=r"control token '<\|turn\|>'"):
         retokenise([(ids, np.zeros(len(ids), bool))], pair, Answers(pair=pair).contexts)
+
+
+# --- exact answers --------------------------------------------------------------------------------------
+
+
+def truncated(tokenizer, merges):
+    """The same BPE with its first merges only."""
+    description = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = description["model"]
+    model["merges"] = model["merges"][:merges]
+    made = {"".join(pair) for pair in model["merges"]}
+    kept = [p for p in sorted(model["vocab"], key=model["vocab"].get) if len(p) == 1 or p in made or p.startswith("<|")]
+    model["vocab"] = {piece: n for n, piece in enumerate(kept)}
+    return fast(Tokenizer.from_str(json.dumps(description)), eos_token="<|endoftext|>")
+
+
+def one_position(ids, weights):
+    """Draws for one token, the first of a text, of which nothing is realised."""
+    return Draws(
+        ids=ids, weights=weights, first=np.zeros(1, np.int64), sizes=np.array([len(ids)]),
+        realised=np.array([-1]), following=np.array([-1]),
+    )  # fmt: skip
+
+
+def test_a_bpe_with_truncated_merges_has_an_exact_answer():
+    """q(v) = Σ p(w) over the tokens w whose encoding begins with v; the mean of resamples within 5 standard errors."""
+    teacher = byte_level()
+    pair = pair_of(teacher, truncated(teacher, 30))
+    answers, rng = Answers(pair=pair), np.random.default_rng(0)
+    width, none = len(pair.control), np.zeros(1, np.int64)
+    p = rng.dirichlet(np.full(width, 0.3))
+    begins = [cut_ids([piece], pair)[0][0] if piece else pair.student.eos for piece in pair.teacher.of_id]
+    assert len(set(begins)) < len(begins)
+    exact = np.bincount(begins, p, len(pair.student.of_id))
+    dense = rewrite(one_position(np.arange(width), p), none, none, answers, chain=0)
+    assert np.bincount(dense.token, dense.weight, len(exact)) == pytest.approx(exact, abs=1e-15)
+    assert dense.masses["rejected"] == dense.masses["short"] == 0
+    mean, rounds, times = np.zeros(len(exact)), 50, 400
+    for _ in range(times):
+        counts = rng.multinomial(rounds, p)
+        drawn = np.flatnonzero(counts)
+        found = rewrite(one_position(drawn, counts[drawn] / rounds), none, none, answers, chain=0)
+        mean += np.bincount(found.token, found.weight, len(exact)) / times
+    error = np.sqrt(exact * (1 - exact) / (rounds * times))
+    assert (np.abs(mean - exact) <= 5 * error + 1e-12).all()
+
+
+def test_draws_after_a_word_are_conditioned_on_its_cut(families):
+    """What would have joined the word before is rejected, the rest is p over its sum: all draws, read one by one."""
+    teacher, student = families["byte_level"], families["byte_level"]
+    pair = pair_of(teacher, truncated(student, 60))
+    answers, rng = Answers(pair=pair), np.random.default_rng(1)
+    pieces = pair.teacher.of_id
+    p = rng.dirichlet(np.full(len(pieces), 0.3))
+    text = b" co"
+    tokens = cut_ids([text], pair)[0]
+    ends = np.cumsum([len(pair.student.of_id[t]) for t in tokens]).tolist()
+    number = answers.contexts.number(Context(text, text, tuple(ends)))
+    found = rewrite(one_position(np.arange(len(p)), p), np.zeros(1, int), np.array([number]), answers, chain=0)
+    exact = np.zeros(len(pair.student.of_id))
+    for w, piece in enumerate(pieces):
+        read = cut_ids([text + (piece or b"")], pair)[0]
+        if read[: len(tokens)] == tokens:
+            exact[read[len(tokens)] if piece else pair.student.eos] += p[w]
+    assert 0 < found.masses["rejected"][0] == pytest.approx(1 - exact.sum())
+    assert np.bincount(found.token, found.weight, len(exact)) == pytest.approx(exact / exact.sum())
