@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparsekd.fused_chunks import FAST_ON_CPU, Gradients, HeadForm, Wanted, loss_and_gradients
+from sparsekd.fused_chunks import FAST_ON_CPU, Gradients, Wanted, loss_and_gradients
 from sparsekd.fused_parallel import VocabularyShard
 from sparsekd.losses import LossWords, kept_positions, safe_labels
-from sparsekd.row_losses import LossOptions, prepare
+from sparsekd.row_losses import HeadForm, LossOptions, prepare
 from sparsekd.targets import SparseTargets
 
 

@@ -19,7 +19,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from sparsekd.row_losses import LossOptions, Rows, Seen, read_, row_chunks, write_
+from sparsekd.row_losses import HeadForm, LossOptions, Rows, Seen, read_, row_chunks, write_
 
 # Rows of a chunk: enough that reading and writing dhead once a chunk is small beside the products.
 CHUNK_ROWS = {torch.float32: 256, torch.float64: 256, torch.bfloat16: 1024, torch.float16: 1024}
@@ -35,14 +35,6 @@ FAST_ON_CPU |= {torch.float16} if any(_CPU.get(name) for name in ("avx512_fp16",
 
 # What sums the passes' findings over processes that hold other parts of the vocabulary, see `fused_parallel`.
 Merge = Callable[[list[Seen], float], list[Seen]]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HeadForm:
-    """How hidden states become logits: z = softcap * tanh(scale * (h Wᵀ + bias) / softcap)."""
-
-    scale: float = 1.0
-    softcap: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

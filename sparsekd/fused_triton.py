@@ -16,8 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsekd.fused_chunks import HeadForm
-from sparsekd.row_losses import LossOptions, Rows
+from sparsekd.row_losses import HeadForm, LossOptions, Rows
 
 LARGEST_BLOCK = 8192
 MOST_READS = 128  # repeated ids are found by comparing all pairs

@@ -85,6 +85,14 @@ class LossOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class HeadForm:
+    """How hidden states become logits: z = softcap * tanh(scale * (h Wᵀ + bias) / softcap)."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Rows:
     """What rows are before their logits are known.
 

@@ -10,9 +10,8 @@ from test_fused import FORMS
 from test_fused import OPTIONS as MIXES
 
 from sparsekd import fused_chunks
-from sparsekd.fused_chunks import HeadForm
 from sparsekd.residuals import RESIDUALS
-from sparsekd.row_losses import LossOptions, prepare
+from sparsekd.row_losses import HeadForm, LossOptions, prepare
 from sparsekd.targets import SparseTargets
 
 fused_triton = pytest.importorskip("sparsekd.fused_triton", exc_type=ImportError)
