@@ -112,15 +112,14 @@ def sft(world, tmp_path_factory) -> tuple[str, str]:
 def rows_read(monkeypatch_module) -> list[int]:
     """Every row number that a training set hands out, in order."""
     seen: list[int] = []
-    real = skd.CacheDataset.__getitem__
+    real = skd.CacheDataset.__getitems__
 
-    def spying(self, index):
-        row = real(self, index)
-        if self.shuffle:
-            seen.append(row.index)
-        return row
+    def spying(self, indices):
+        rows = real(self, indices)
+        seen.extend(row.index for row in rows if self.shuffle)
+        return rows
 
-    monkeypatch_module.setattr(skd.CacheDataset, "__getitem__", spying)
+    monkeypatch_module.setattr(skd.CacheDataset, "__getitems__", spying)
     return seen
 
 
