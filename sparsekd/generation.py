@@ -88,6 +88,7 @@ def respond(
 
     Args:
         prompts: ids of each; they are padded on the left.
+        temperature: 0 takes the likeliest token.
         items: [B] numbers of `instructions.item_number`: equal ones draw equal uniforms.
     """
     ends = end_tokens(model, tokenizer)
@@ -100,7 +101,8 @@ def respond(
     def draw(so_far_BT: Tensor, logits_BV: Tensor) -> Tensor:
         steps = torch.full_like(rows, so_far_BT.shape[1] - ids_BT.shape[1])
         uniforms_B = Keys(seed=seed, rows=rows, positions=steps).uniforms(1)[:, 0]
-        drawn_B = invert(logits_BV[:, :width] / temperature, uniforms_B)
+        known_BV = logits_BV[:, :width]
+        drawn_B = known_BV.argmax(-1) if temperature == 0 else invert(known_BV / temperature, uniforms_B)
         return torch.full_like(logits_BV, -torch.inf).scatter(1, drawn_B[:, None], 0.0)
 
     out_BT = _generate(model, ids_BT.to(device), mask_BT.to(device), draw, sorted(ends), pad, max_new_tokens)

@@ -12,6 +12,7 @@ Shapes: T teacher tokens and S student tokens of a row, C runs of a curve.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -79,8 +80,8 @@ def overlay(ids: np.ndarray, starts: np.ndarray, supervised: np.ndarray, pair: P
     from the student's tokens (a normaliser changed it) has no bytes: its tokens are learnt, but never paired.
     """
     parts = list(stretches(ids.astype(np.int64), starts.astype(bool), pair))
-    cuts = cut_texts([stretch.text for stretch in parts], pair)
     learnt, begins, ends = supervised.astype(bool), np.full(len(ids), -1), np.full(len(ids), -1)
+    cuts = _cuts(parts, learnt, pair)
     pieces, at = [], 0
     for stretch, cut in zip(parts, cuts, strict=True):
         control = _shared_control(stretch, pair)
@@ -92,6 +93,30 @@ def overlay(ids: np.ndarray, starts: np.ndarray, supervised: np.ndarray, pair: P
             begins[stretch.last], ends[stretch.last] = at, at + 1
             at += 1
     return _join(pieces), Overlaid(ids=ids.astype(np.int64), starts=begins, ends=ends, supervised=learnt)
+
+
+def _cuts(parts: list[Stretch], learnt: np.ndarray, pair: Pair) -> list[Cut]:
+    """The stretches by the student's tokenizer, each cut where a prompt ends: a model that is asked sees it alone."""
+    texts = [_segments(stretch, learnt) for stretch in parts]
+    found = iter(cut_texts([text for several in texts for text in several], pair))
+    return [_joined([next(found) for _ in several]) for several in texts]
+
+
+def _segments(stretch: Stretch, learnt: np.ndarray) -> list[bytes]:
+    flips = np.flatnonzero(np.diff(learnt[stretch.first : stretch.last])) + 1
+    edges = [0, *stretch.starts[flips].tolist(), len(stretch.text)]
+    return [stretch.text[a:b] for a, b in pairwise(edges)]
+
+
+def _joined(cuts: list[Cut]) -> Cut:
+    offsets = np.cumsum([0, *(cut.starts[-1] for cut in cuts)])
+    starts = [cut.starts[:-1] + offset for cut, offset in zip(cuts, offsets, strict=False)]
+    return Cut(
+        ids=[token for cut in cuts for token in cut.ids],
+        starts=np.concatenate([*starts, offsets[-1:]]),
+        words=np.concatenate([cut.words for cut in cuts]),
+        comes_back=all(cut.comes_back for cut in cuts),
+    )
 
 
 def _shared_control(stretch: Stretch, pair: Pair) -> int | None:

@@ -24,6 +24,7 @@ from sparsekd.training_set import (
     TrainingSet,
     check_student,
     open_heldout,
+    open_prefix_sets,
     open_teacher,
     open_tokenizer,
     open_training_set,
@@ -145,7 +146,7 @@ def train(
         align: for "uld": positions face each other where both models have read the same bytes, or by "index", as
             published.
         kd_weight: for "uld" (default 1.5, as published) and "alm" (default 1): factor of their loss beside CE;
-            0 is text only.
+            0 is text only. ULD above 1 can hold a student that starts from scratch at wrong tokens (see docs/guide.md).
         max_length: for "uld" and "alm": student tokens of a row; default: twice the teacher's. Others are cut off.
         normalize: for a cache of importance draws: self-normalised (true) or plain unbiased weights (false); default:
             as captured.
@@ -194,7 +195,12 @@ def train(
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if method == "cached":
             attach_sparse_kd(
-                model, ce_weight=ce_weight, residual=residual, hard_ratio=hard_ratio, divergence=divergence
+                model,
+                ce_weight=ce_weight,
+                residual=residual,
+                hard_ratio=hard_ratio,
+                divergence=divergence,
+                sets=open_prefix_sets(data),
             )
         elif live is not None:
             attach_full_kd(model, live, ce_weight=ce_weight, divergence=divergence)

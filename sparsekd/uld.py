@@ -7,6 +7,10 @@ ULD = Σ_r |q_(r) - t_(r)|, from 0 to 2: the optimal transport between them wher
 With s_r = sign(q_(r) - t_(r)), carried from ranks back to ids, the gradient with respect to the student's logits is
 q (s - Σ q s).
 
+ULD does not know which token is which: where the teacher is certain and the student prefers another token than the
+label, CE + λ ULD has for λ > 1 a local minimum with q = 1/(2λ) of the label, and the student stays there (1/3 at the
+published λ = 1.5). Students that start from scratch fall into it; pretrained ones mostly prefer the label already.
+
 A position is where a token is predicted: position l predicts token l+1, so a label at the first token has none.
 """
 

@@ -224,6 +224,22 @@ def test_a_row_without_pairs_counts_nothing():
     assert (leaf.grad == 0).all()
 
 
+@pytest.mark.parametrize(("weight", "ends_at"), [(1.5, 1 / 3), (2.5, 1 / 5), (1.0, 1.0)])
+def test_a_weight_above_one_can_hold_a_student_at_the_wrong_token(weight, ends_at):
+    """A certain teacher, and a student that prefers another token than the label: CE + λ ULD is -log q + 2 λ q up to
+    q = 1/2, whose minimum is q = 1/(2 λ). For λ <= 1 there is none, and the student gets to the label."""
+    teacher = torch.tensor([[[40.0, 0.0, 0.0]] * 2], dtype=torch.float64)
+    logits = torch.tensor([[[0.0, 0.7, -30.0]] * 2], dtype=torch.float64, requires_grad=True)
+    tokens = tokenized([X, 0])
+    optimizer = torch.optim.SGD([logits], lr=0.5)
+    for _ in range(3000):
+        optimizer.zero_grad()
+        both = {"tokens": tokens, "teacher_tokens": tokens, "skip_student_eos": False}
+        uld(logits, teacher, **both, uld_weight=weight).backward()
+        optimizer.step()
+    assert logits.softmax(-1)[0, 0, 0].item() == pytest.approx(ends_at, abs=2e-3)
+
+
 def test_a_curve_of_all_ranks_is_the_dense_teacher():
     student, teacher, labels = batch()
     curve = sorted_curve(teacher, top=4)
