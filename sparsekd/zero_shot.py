@@ -1,8 +1,8 @@
-"""A zero-shot task of our own for the tables' 0-shot columns: which of four texts goes on from here?
+"""A zero-shot task of our own for the tables' 0-shot columns: which of four texts is in its right order?
 
 The paper's five tasks (appendix E.1) need a network and models of some size. This one is made of held-out rows: half of
-a row is the question, its other half the answer, and the same halves of three other rows are the wrong ones. Guessing
-scores 25 %.
+a row is the question, its other half the answer, and the wrong answers are the same with two neighbouring words in each
+other's place. All four have the same words, or the likelier words would decide. Guessing scores 25 %.
 
 Shapes: Q questions, L tokens of a row.
 """
@@ -13,6 +13,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,12 @@ from sparsekd.lab import Lab, Outcome
 from sparsekd.packed import RowsReader
 from sparsekd.reproduction import Cell, Column, over
 
-NAME, QUESTIONS = "next_half", 400
+NAME, QUESTIONS = "right_order", 400
+_WORDS = 8  # different ones, for three swaps to choose from
 ZERO_SHOT = Column(name="0-shot", unit="%", form=".1f")
 ZERO_SHOT_SCALE = (
-    f" 0-shot: the paper's five tasks on average; here {QUESTIONS} questions of our own, which of four texts goes on "
-    "from half a held-out row (guessing: 25 %)."
+    f" 0-shot: the paper's five tasks on average; here {QUESTIONS} questions of our own, which of four texts has "
+    "its words in the right order, after half a held-out row (guessing: 25 %)."
 )
 _YAML = """task: {name}
 dataset_path: json
@@ -72,29 +74,42 @@ def make_task(rows: str, folder: Path, questions: int = QUESTIONS, seed: int = 0
 def _questions(reader: RowsReader, count: int, seed: int) -> Iterator[dict[str, Any]]:
     """{"question", "choices", "answer"}: every question is of another row while there are enough."""
     random, texts = np.random.default_rng(seed), _halves(reader)
-    if len(texts) < 4:
-        raise SourceError(f"{reader.path} has {len(texts)} held-out rows with text in both halves; a question needs 4")
+    if not texts:
+        raise SourceError(f"{reader.path} has no held-out row with {_WORDS} words in its second half to ask about")
     for index in np.resize(random.permutation(len(texts)), count):
-        wrong = random.choice(np.delete(np.arange(len(texts)), index), 3, replace=False)
-        order = random.permutation([index, *wrong])
-        choices = [texts[row][1] for row in order]
-        yield {"question": texts[index][0], "choices": choices, "answer": int(np.flatnonzero(order == index)[0])}
+        question, text = texts[index]
+        choices, order = [text, *_swapped(text, random)], random.permutation(4)
+        yield {"question": question, "choices": [choices[i] for i in order], "answer": int(order.argmin())}
+
+
+def _swapped(text: str, random: np.random.Generator) -> list[str]:
+    """Three copies of a text, in each of which two neighbouring words have changed places; spaces stay."""
+    parts = re.split(r"(\s+)", text)
+    places = [i for i in range(0, len(parts) - 2, 2) if parts[i] != parts[i + 2] and parts[i] and parts[i + 2]]
+    copies = []
+    for place in random.choice(places, 3, replace=False):
+        copy = list(parts)
+        copy[place], copy[place + 2] = parts[place + 2], parts[place]
+        copies.append("".join(copy))
+    return copies
 
 
 def _halves(reader: RowsReader) -> list[list[str]]:
-    """[[first, second]] of each row, without those that are blank in one half (padding)."""
+    """[[first, second]] of each row, without those of too few words (padding, tables of numbers)."""
     tokenizer, half = reader.tokenizer(), reader.seq_len // 2
     rows = reader.batch(range(len(reader))).input_ids
     texts = [[tokenizer.decode(part.tolist(), skip_special_tokens=True) for part in np.split(r, [half])] for r in rows]
-    return [both for both in texts if all(text.strip() for text in both)]
+    return [both for both in texts if both[0].strip() and len(set(both[1].split())) >= _WORDS]
 
 
 def score(model: Path, task: Path, device: str | None = None) -> float:
-    """% of the questions answered right; kept in the model's folder as tasks.json."""
+    """% of the questions answered right; kept in the model's folder as zero_shot/tasks.json."""
     from sparsekd.tasks import run_tasks
 
-    kept = model / "tasks.json"
+    kept = model / "zero_shot" / "tasks.json"
     if not kept.exists():
         with contextlib.redirect_stderr(io.StringIO()):  # a dozen progress bars for each of many students
-            run_tasks(model=str(model), tasks=NAME, include_path=str(task), batch_size=32, device=device)
+            run_tasks(
+                model=str(model), tasks=NAME, include_path=str(task), out=kept.parent, batch_size=32, device=device
+            )
     return 100 * float(json.loads(kept.read_text())["tasks"][NAME]["acc"]["mean"])

@@ -15,7 +15,7 @@ from sparsekd.zero_shot import NAME, available, make_task, score
 
 
 def test_the_right_answer_is_the_rows_other_half(world, tmp_path):
-    """Every question is half a held-out row; its answer goes on there, the three others are other rows' halves."""
+    """Every question is half a held-out row, its answer the other half; the wrong ones have two words swapped."""
     folder = make_task(world.rows, tmp_path / "a", questions=30)
     with RowsReader(world.rows, "heldout") as reader:
         tokenizer, whole = reader.tokenizer(), reader.batch(range(len(reader))).input_ids
@@ -23,9 +23,14 @@ def test_the_right_answer_is_the_rows_other_half(world, tmp_path):
     lines = [json.loads(line) for line in (folder / f"{NAME}.jsonl").read_text().splitlines()]
     assert len(lines) == 30
     for line in lines:
-        assert [line["question"], line["choices"][line["answer"]]] in texts
-        assert len(line["choices"]) == 4
-        assert set(line["choices"]) <= {second for _, second in texts}
+        right = line["choices"][line["answer"]]
+        assert [line["question"], right] in texts
+        assert len(set(line["choices"])) == 4
+        for wrong in set(line["choices"]) - {right}:
+            moved = [i for i, (a, b) in enumerate(zip(right.split(), wrong.split(), strict=True)) if a != b]
+            assert len(moved) == 2
+            assert moved[1] == moved[0] + 1
+            assert sorted(right.split()) == sorted(wrong.split())
     assert {line["answer"] for line in lines} == {0, 1, 2, 3}
     again = make_task(world.rows, tmp_path / "b", questions=30)
     assert (again / f"{NAME}.jsonl").read_text() == (folder / f"{NAME}.jsonl").read_text()
