@@ -58,7 +58,15 @@ def describe_cache(path: str, row: int | None = None, positions: int = 24) -> st
         if not -len(reader) <= row < len(reader):
             raise RecipeError(f"row={row} is not in {path}; its rows are 0 to {len(reader) - 1}")
         with _decoder(path) as show:
-            return _row_as_text(reader[row], len(reader), show, positions)
+            return _row_as_text(reader[row], len(reader), _with_sets(show, reader), positions)
+
+
+def _with_sets(show: Show, reader: CacheReader) -> Show:
+    """Ids that stand for sets of tokens (see prefix_sets) as what they begin with, and dots."""
+    size = (reader.spec.data.get("transcoded") or {}).get("sets")
+    if size is None:
+        return show
+    return lambda ids: f"{show(ids - size)}…" if len(ids) == 1 and ids[0] >= size else show(ids)
 
 
 # --- the whole cache ------------------------------------------------------------------------------------

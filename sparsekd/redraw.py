@@ -260,7 +260,6 @@ class Rewritten:
 
     Attributes:
         position, token, weight: [M]; the weights of a position sum to what its draws summed to.
-        still_open: [M] bool entries, tokens that more text might have made longer ones.
         masses: {"accepted", "rejected", "short", "open", "dropped"}: [P] float64; accepted + rejected + short +
             dropped = the sum of the draws.
     """
@@ -268,7 +267,6 @@ class Rewritten:
     position: Array
     token: Array
     weight: Array
-    still_open: Array
     masses: dict[str, Array]
 
 
@@ -302,7 +300,8 @@ def rewrite(
         how = _further(answers, how[item][goes_on], ids[goes_on])
         factor = weight[goes_on] / _sums(draws, following)
         at, where = position[goes_on], following
-    return _joined(kept, masses, unresolved, count)
+    found = Entries(*(np.concatenate(parts) for parts in zip(*kept, strict=True)))
+    return _joined(found, UNRESOLVED[unresolved](found, len(answers.pair.student.of_id)), masses, count)
 
 
 def _entries(draws: Draws, where: Array) -> tuple[Array, Array]:
@@ -334,11 +333,10 @@ def _further(answers: Answers, contexts: Array, draws: Array) -> Array:
     return np.array(numbers, np.int64)[inverse]
 
 
-def _joined(kept: list[tuple[Array, ...]], masses: dict[str, Array], unresolved: str, count: int) -> Rewritten:
+def _joined(entries: Entries, treated: Entries, masses: dict[str, Array], count: int) -> Rewritten:
     """Entries of one position and token added up, and every position brought back to the sum it had."""
-    entries = Entries(*(np.concatenate(parts) for parts in zip(*kept, strict=True)))
     masses["open"] = np.bincount(entries.position, entries.weight * entries.still_open, count)
-    treated = _added_up(UNRESOLVED[unresolved](entries))
+    treated = _added_up(treated)
     masses["accepted"] = np.bincount(treated.position, treated.weight, count)
     masses["dropped"] = np.bincount(entries.position, entries.weight, count) - masses["accepted"]
     lost = masses["rejected"] + masses["short"] + masses["dropped"]
@@ -347,14 +345,12 @@ def _joined(kept: list[tuple[Array, ...]], masses: dict[str, Array], unresolved:
         position=treated.position,
         token=treated.token,
         weight=treated.weight * scale[treated.position],
-        still_open=treated.still_open,
         masses=masses,
     )
 
 
 def _added_up(entries: Entries) -> Entries:
-    width = 2 * (int(entries.token.max(initial=0)) + 1)
-    keys = entries.position * width + 2 * entries.token + entries.still_open
+    keys = entries.position * (int(entries.token.max(initial=0)) + 1) + entries.token
     order = np.argsort(keys, kind="stable")
     sorted_ = Entries(*(part[order] for part in entries))
     keys = keys[order]
@@ -375,14 +371,20 @@ class Entries(NamedTuple):
     still_open: Array
 
 
-def _as_points(entries: Entries) -> Entries:
+def _as_points(entries: Entries, size: int) -> Entries:
     """The token as it stands: biased towards short tokens."""
     return entries._replace(still_open=np.zeros(len(entries.token), bool))
 
 
-def _dropped(entries: Entries) -> Entries:
+def _dropped(entries: Entries, size: int) -> Entries:
     """Left out; what is left of the position takes its weight."""
     return Entries(*(part[~entries.still_open] for part in entries))
 
 
-UNRESOLVED: dict[str, Callable[[Entries], Entries]] = {"point": _as_points, "drop": _dropped}
+def _as_sets(entries: Entries, size: int) -> Entries:
+    """The set of all tokens that begin with the token's bytes, written as an id from `size` on: see `prefix_sets`."""
+    token = entries.token + np.where(entries.still_open, size, 0)
+    return entries._replace(token=token, still_open=np.zeros(len(token), bool))
+
+
+UNRESOLVED: dict[str, Callable[[Entries, int], Entries]] = {"point": _as_points, "drop": _dropped, "set": _as_sets}

@@ -25,6 +25,7 @@ from sparsekd.losses import LossOptions, full_kl
 from sparsekd.models import body_of, check_rebuilt, head_of, inner_model
 from sparsekd.order import permute
 from sparsekd.padded import pad_rows
+from sparsekd.prefix_sets import PrefixSets, prefix_set_ce
 from sparsekd.read_ahead import ReadAhead
 from sparsekd.residuals import hard_token_weights
 from sparsekd.targets import SparseTargets
@@ -38,6 +39,7 @@ def attach_sparse_kd(
     hard_ratio: float = 1.0,
     divergence: str = "forward_kl",
     chunk_rows: int | None = None,
+    sets: PrefixSets | None = None,
 ) -> Any:
     """Teach `model.forward` to take `kd_ids` and `kd_weights` and return the distillation loss; returns the model.
 
@@ -52,6 +54,8 @@ def attach_sparse_kd(
             (`residuals.hard_token_weights`; paper, section 5.3).
         divergence: "forward_kl", or "mse", which makes the logits ([tokens, V] exists).
         chunk_rows: of `fused_linear_sparse_kl`.
+        sets: what ids beyond the vocabulary stand for in a transcoded cache; the loss is `prefix_set_ce`, which makes
+            the logits.
 
     Raises:
         ValueError: a divergence that sparse targets cannot give, an unknown residual.
@@ -59,6 +63,8 @@ def attach_sparse_kd(
     """
     check_sparse_divergence(divergence)
     LossOptions(ce_weight=ce_weight, residual=residual)
+    if sets is not None and (residual, hard_ratio, divergence) != ("none", 1.0, "forward_kl"):
+        raise ValueError("a cache with prefix sets takes residual=none, hard_ratio=1 and divergence=forward_kl only")
     _refuse_prompt_tuning(model)
     check_rebuilt(model)
     inner = inner_model(model)
@@ -82,6 +88,10 @@ def attach_sparse_kd(
         _check_positions(kd_ids, hidden)
         head, targets = head_of(self), SparseTargets(ids=kd_ids, weights=kd_weights)
         next_ids = None if labels is None else labels[:, 1:]
+        if sets is not None:
+            logits, there = head.logits(hidden[:, :-1]), sets.to(hidden.device)
+            mix = partial(prefix_set_ce, ce_weight=ce_weight, num_items_in_batch=num_items_in_batch)
+            return _output(mix(logits, targets, there, labels=next_ids))
         if divergence != "forward_kl":
             logits = head.logits(hidden[:, :-1])
             return _output(

@@ -7,11 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sparsekd import models, vocab
 from sparsekd.cache import CacheReader, check_alignment
 from sparsekd.errors import MismatchError, RecipeError, SourceError
 from sparsekd.overlay import OverlaidRows
 from sparsekd.packed import RowsReader
+from sparsekd.prefix_sets import PrefixSets
+from sparsekd.vocab_bytes import prefix_ranges, vocabulary_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,16 +74,39 @@ def _from_cache(cache: str, normalize: bool | None, allow_misaligned: bool) -> T
     reader.close()  # data loader workers open files of their own
     spec = reader.spec
     fingerprint = spec.data.get("fingerprint")
+    sets = set_offset(reader)
     return TrainingSet(
         rows=reader,
         home=Path(cache),
         seq_len=spec.seq_len,
-        logit_width=spec.logit_width,
-        id_max=reader.stats["id_max"],
+        logit_width=sets or spec.logit_width,
+        id_max=min(reader.stats["id_max"], sets - 1) if sets else reader.stats["id_max"],
         tokenizer=spec.tokenizer,
         fingerprint=fingerprint,
         identity={"rows": fingerprint, "sampler": spec.sampler, "teacher": spec.teacher.get("weights")},
     )
+
+
+def set_offset(rows: CacheReader | Any) -> int | None:
+    """The student's vocabulary size in a transcoded cache whose ids from there on are sets of tokens; else None."""
+    made = rows.spec.data.get("transcoded") if isinstance(rows, CacheReader) else None
+    return made.get("sets") if made else None
+
+
+def open_prefix_sets(data: TrainingSet) -> PrefixSets | None:
+    """The sets that the cache's ids may stand for, from its own tokenizer's bytes.
+
+    Raises:
+        MismatchError: the cache carries no tokenizer, or another one.
+    """
+    size = set_offset(data.rows)
+    if size is None:
+        return None
+    found = open_tokenizer(str(data.home / "tokenizer"), data)
+    pieces = vocabulary_bytes(found).of_id
+    ranges = prefix_ranges([*pieces, *[None] * (size - len(pieces))])
+    order, first, last = (torch.from_numpy(each) for each in ranges)
+    return PrefixSets(order=order, first=first, last=last)
 
 
 def _check_misaligned(cache: str, reader: CacheReader, allowed: bool) -> None:

@@ -75,7 +75,8 @@ def transcode(
         tokenizer: the student's, a folder or an id: byte-level BPE or SentencePiece (BPE, Unigram).
         out: the folder that takes the new cache.
         unresolved: what becomes of a draw that more text might make a longer token: point (the token as it stands) or
-            drop (left out, the position's other draws take its weight).
+            drop (left out, the position's other draws take its weight) or set (all tokens that begin with its bytes:
+            `train` then takes the loss of prefix_sets).
         chain: how many positions a realised draw is followed to resolve it.
         seq_len: tokens of a new row; default: the longest of some rows, so that next to nothing is cut.
         workers: processes.
@@ -99,7 +100,9 @@ def transcode(
     if out is None and not dry_run:
         raise RecipeError("transcode needs out=FOLDER, or dry_run=true to see what it would cost")
     words = (str(cache), tokenizer, unresolved, chain, seq_len)
-    job = open_job(*words)
+    _opened.cache_clear()  # folders may have changed since the last call
+    _writer.cache_clear()
+    job = _opened(words)
     result: dict[str, Any] = {"survey": survey(job)}
     if dry_run or out is None:
         return result
@@ -201,13 +204,16 @@ def _spec(spec: CacheSpec, student: Any, settings: Settings, *, renumbers: bool)
     made = {"from_tokenizer": spec.tokenizer.get("name"), "from_fingerprint": spec.data.get("fingerprint")}
     if not renumbers:
         made |= {"unresolved": settings.unresolved, "chain": settings.chain}
+    has_sets = settings.unresolved == "set" and not renumbers
+    width = 2 * size if has_sets else size
+    made |= {"sets": size} if has_sets else {}
     rows = [spec.data.get("fingerprint"), spec.rows, spec.seq_len, described["hash"], settings.seq_len]
     return CacheSpec(
         rows=spec.rows,
         seq_len=settings.seq_len,
         shard_rows=spec.shard_rows,
-        logit_width=size,
-        codec=spec.codec | {"logit_width": size} if renumbers else codec_spec("prob40", logit_width=size, rounds=None),
+        logit_width=width,
+        codec=spec.codec | {"logit_width": size} if renumbers else codec_spec("prob40", logit_width=width, rounds=None),
         sampler=spec.sampler | ({} if renumbers else {"unbiased": False}),
         teacher=spec.teacher,
         tokenizer=described | {"eos_id": eos, "bos_id": bos},

@@ -306,3 +306,22 @@ def valid_runs(data: bytes) -> Iterator[tuple[bytes, bool]]:
                 yield data[: error.start], True
             yield data[error.start : error.end], False
             data = data[error.end :]
+
+
+def prefix_ranges(of_id: Sequence[bytes | None]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(order, first, last), each [V] int64: `order[first[v] : last[v]]` are the tokens that begin with token v's bytes.
+
+    `order` is by bytes, where tokens of a common beginning stand together. A control token's set is itself alone.
+    """
+    order = sorted(range(len(of_id)), key=lambda token: (of_id[token] is None, of_id[token] or b"", token))
+    pieces = [of_id[token] for token in order]
+    first, last = np.zeros(len(order), np.int64), np.zeros(len(order), np.int64)
+    open_: list[int] = []  # ranks whose set still goes on, shorter beginnings first
+    for rank, piece in enumerate([*pieces, None]):
+        while open_ and (piece is None or not piece.startswith(pieces[open_[-1]] or b"\0\0")):
+            last[order[open_.pop()]] = rank
+        if rank < len(order):
+            twin = open_[-1] if open_ and piece is not None and pieces[open_[-1]] == piece else rank
+            first[order[rank]] = first[order[twin]] if twin != rank else rank
+            open_.append(rank)
+    return np.array(order, np.int64), first, last

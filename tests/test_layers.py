@@ -21,6 +21,7 @@ LAYERS: dict[str, set[str]] = {
         "variance",
         "row_losses",
         "losses",
+        "prefix_sets",
         "residuals",
         "divergences",
         "fused",

@@ -194,21 +194,35 @@ def test_any_number_of_workers_makes_the_same_bytes(world, tokenizers, tmp_path)
     assert folder_bytes(tmp_path / "resumed") == wanted
 
 
-def test_a_student_trains_on_it(world, tokenizers, tmp_path):
-    """A cache like any other: open, canary, a few steps."""
+@pytest.mark.parametrize("unresolved", ["point", "set"])
+def test_a_student_trains_on_it(world, tokenizers, tmp_path, unresolved):
+    """A cache like any other: canary, inspect, steps that learn; a student as wide as its tokenizer, with sets too."""
+    from sparsekd.inspect import describe_cache
     from sparsekd.train import train
 
-    transcode(cache=world.cache, tokenizer=tokenizers["smaller"], out=tmp_path / "t")
-    metrics = train(
-        out=tmp_path / "s", student={"family": "tiny", "hidden_size": 16, "intermediate_size": 32},
-        cache=str(tmp_path / "t"), max_steps=3, batch_size=4, device="cpu", progress=False,
-    )  # fmt: skip
-    assert metrics["steps"] == 3
+    out = tmp_path / "t"
+    transcode(cache=world.cache, tokenizer=tokenizers["other"], out=out, unresolved=unresolved)
+    assert verify(out).problems == []
+    with CacheReader(out) as reader:
+        size = reader.spec.tokenizer["vocab_size"]
+        assert (reader.stats["id_max"] >= size) == (unresolved == "set")
+    assert ("'…" in describe_cache(str(out), row=0, positions=31)) == (unresolved == "set")
+    student = {"family": "tiny", "hidden_size": 16, "intermediate_size": 32}
+    words = {"student": student, "cache": str(out), "batch_size": 8, "device": "cpu", "progress": False}
+    losses = [
+        train(out=tmp_path / f"s{steps}", max_steps=steps, learning_rate=1e-2, **words)["train_loss"]
+        for steps in (1, 25)
+    ]
+    assert losses[1] < losses[0] - 0.2
+    assert json.loads((tmp_path / "s1" / "config.json").read_text())["vocab_size"] == size
+    if unresolved == "set":
+        with pytest.raises(ValueError, match="takes residual=none"):
+            train(out=tmp_path / "r", max_steps=1, residual="ghost", **words)
 
 
 def test_refusals(world, tokenizers, tmp_path):
     """What cannot be transcoded is told with the way out."""
-    with pytest.raises(RecipeError, match="unresolved='x' is not one of point, drop"):
+    with pytest.raises(RecipeError, match="unresolved='x' is not one of point, drop, set"):
         transcode(cache=world.cache, tokenizer=tokenizers["other"], out=tmp_path / "t", unresolved="x")
     with pytest.raises(RecipeError, match="needs out=FOLDER, or dry_run=true"):
         transcode(cache=world.cache, tokenizer=tokenizers["other"])
