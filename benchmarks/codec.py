@@ -113,7 +113,7 @@ def measure_parquet(records: list[RowRecord], row_groups: bool) -> tuple[float, 
         return buffer.getvalue()
 
     def read() -> list[np.ndarray]:
-        table = pq.read_table(pa.BufferReader(data), use_threads=False)
+        table = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(use_threads=False)
         columns = [table[name].combine_chunks() for name in ("ids", "counts")]
         return [columns[0].flatten().to_numpy(), columns[1].flatten().to_numpy(), columns[0].offsets.to_numpy()]
 
@@ -131,7 +131,13 @@ def trained_cache(folder: str) -> str:
 
     teacher = {"family": "mini", "hidden_size": 96, "num_attention_heads": 3, "intermediate_size": 256}
     settings = LabSettings(
-        vocab_size=8192, seq_len=512, limit_tokens=2_000_000, teacher=teacher, teacher_steps=400, student_rows=256
+        vocab_size=8192,
+        seq_len=256,
+        limit_tokens=1_500_000,
+        teacher=teacher,
+        teacher_steps=300,
+        batch_size=8,
+        student_rows=256,
     )
     draws = {"name": "random_sampling", "rounds": 50}
     return Lab(folder, settings).cache(Arm(label="Random sampling", sampler=draws, codec="raw24", train={}))
@@ -164,7 +170,7 @@ def report(path: str, most_rows: int) -> None:
         try:
             line(name, *measure_codec(name, records, width))
         except RecipeError as error:
-            print(f"{name:<26}{error}")
+            print(f"{name:<26}{str(error).partition(';')[0]}")
     line("Parquet lists + zstd-3", *measure_parquet(records, row_groups=False))
     line("the same, a group a row", *measure_parquet(records, row_groups=True))
 

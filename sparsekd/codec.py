@@ -270,9 +270,9 @@ def decode(data: bytes, positions: int, spec: Spec) -> FlatTargets:
 
 
 def _check_ids(flat: FlatTargets, spec: Spec) -> None:
-    bad = np.flatnonzero(flat.ids >= spec["logit_width"])
-    if len(bad):
-        refuse(flat.positions[bad[0]], f"id {flat.ids[bad[0]]}, but logit_width={spec['logit_width']}")
+    if len(flat.ids) and int(flat.ids.max()) >= spec["logit_width"]:
+        at = int(np.argmax(flat.ids >= spec["logit_width"]))
+        refuse(flat.positions[at], f"id {flat.ids[at]}, but logit_width={spec['logit_width']}")
 
 
 # --- one row --------------------------------------------------------------------------------------------

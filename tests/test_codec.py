@@ -136,7 +136,8 @@ def test_a_row_begins_with_its_input_ids():
 
 def test_every_codec_has_golden_bytes():
     """A codec without a written-down example could change its bytes unnoticed."""
-    assert set(GOLDEN_COUNTS) | set(GOLDEN_WEIGHTS) | set(GOLDEN_DRAWS) == set(CODECS)
+    elsewhere = {"curve8"}  # test_sketch.py
+    assert set(GOLDEN_COUNTS) | set(GOLDEN_WEIGHTS) | set(GOLDEN_DRAWS) | elsewhere == set(CODECS)
 
 
 def test_the_format_page_shows_the_golden_bytes():
