@@ -168,21 +168,24 @@ def position_budget(p_NV: Tensor, q_NV: Tensor) -> None:
     """
     entropy = -torch.xlogy(p_NV, p_NV).sum(-1)
     pull = (q_NV - p_NV).square().sum(-1)
-    even = {n: fidelity(p_NV, "systematic", rounds=n) for n in (25, 30, 36, 44, 54, 70, 90, 120, 160, 220, 300)}
+    even = {n: fidelity(p_NV, "systematic", rounds=n) for n in (*range(25, 60), 70, 80, 90, 100, 120, 140)}
     ids, base = float(even[25].ids.mean()), float(even[25].squared_error.mean())
     print(f"\nposition budget: systematic 25 errs by {base:.4f}, the full gradient q - p is {float(pull.mean()):.4f}")
     for share in (0.9, 0.75, 0.5, 0.25):
-        low, high = 0.0, 100.0
-        for _ in range(50):
-            middle = (low + high) / 2
-            small = float((middle * entropy).clamp(max=1).mean()) < share
-            low, high = (middle, high) if small else (low, middle)
-        pi = (high * entropy).clamp(max=1).clamp(min=1e-3)
-        rounds = min(even, key=lambda n: abs(float((pi * even[n].ids).mean()) - ids))
-        noise = float(((even[rounds].squared_error + pull) / pi - pull).mean())
-        print(
-            f"  {share:.0%} of the positions with {rounds} rounds: noise {noise:.4f}, {noise / base:.2f} of all with 25"
-        )
+        for rule, pi in (("evenly", torch.full_like(entropy, share)), ("by entropy", _kept(entropy, share))):
+            rounds = max((n for n in even if float((pi * even[n].ids).mean()) <= ids), default=25)
+            noise = float(((even[rounds].squared_error + pull) / pi - pull).mean()) / base
+            print(f"  {share:.0%} of the positions, {rule}, with {rounds} rounds: {noise:.2f} of all with 25")
+
+
+def _kept(size_N: Tensor, share: float) -> Tensor:
+    """min(c · size, 1), at least 0.1 %, with c such that their mean is the share."""
+    low, high = 0.0, 100.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        small = float((middle * size_N).clamp(max=1).mean()) < share
+        low, high = (middle, high) if small else (low, middle)
+    return (high * size_N).clamp(max=1).clamp(min=1e-3)
 
 
 # --- gradients ------------------------------------------------------------------------------------------
