@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import io
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -108,8 +108,21 @@ def score(model: Path, task: Path, device: str | None = None) -> float:
 
     kept = model / "zero_shot" / "tasks.json"
     if not kept.exists():
-        with contextlib.redirect_stderr(io.StringIO()):  # a dozen progress bars for each of many students
+        with _silence():
             run_tasks(
                 model=str(model), tasks=NAME, include_path=str(task), out=kept.parent, batch_size=32, device=device
             )
     return 100 * float(json.loads(kept.read_text())["tasks"][NAME]["acc"]["mean"])
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Nothing on stderr, from subprocesses neither: lm-eval shows a dozen bars a model, and asks git about itself."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
