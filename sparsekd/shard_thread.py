@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
+
+import torch
 
 from sparsekd.cache import CacheWriter
 from sparsekd.drawing import Drawn, to_records
@@ -15,13 +20,21 @@ QUEUE_BATCHES = 4
 
 
 class ShardThread:
-    """One thread that codes batches and writes finished shards; its failure fails the run at the next batch."""
+    """One thread that codes batches and writes finished shards; its failure fails the run at the next batch.
+
+    A thread and a queue of batches, not the ring buffers of the paper's D.2: what crosses is a few dozen bytes a token,
+    and the coding is numpy's, which lets the teacher's thread run.
+
+    Attributes:
+        waited: seconds that `put` has waited for this thread: when they grow, coding is slower than the teacher.
+    """
 
     def __init__(self, writer: CacheWriter, estimate: float) -> None:
         self._writer, self._estimate = writer, estimate
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=QUEUE_BATCHES)
         self._failure: BaseException | None = None
         self._bytes = self._tokens = 0
+        self.waited = 0.0
         self._thread = threading.Thread(target=self._run, name="sparsekd-shards", daemon=True)
 
     def __enter__(self) -> ShardThread:
@@ -36,7 +49,9 @@ class ShardThread:
 
     def put(self, shard: int, batch: range, rows: Any, drawn: Drawn) -> None:
         """Hand over a batch; waits while QUEUE_BATCHES are pending."""
-        self._put((shard, batch, rows, drawn))
+        begin = time.perf_counter()
+        self._put((shard, batch, rows, host_copy(drawn)))
+        self.waited += time.perf_counter() - begin
 
     def bytes_per_token(self) -> float:
         """Of the shards written so far, input ids and index included; the preflight's estimate before the first."""
@@ -59,10 +74,61 @@ class ShardThread:
     def _work(self) -> None:
         spec, records = self._writer.spec, []
         while isinstance(item := self._queue.get(), tuple):
-            shard, batch, rows, drawn = item
-            records += to_records(rows, drawn, spec.codec)
+            shard, batch, rows, arrived = item
+            records += to_records(rows, arrived(), spec.codec)
             if batch.stop == spec.shard_range(shard).stop:
                 self._writer.write(shard, records)
                 self._tokens += len(records) * spec.seq_len
                 self._bytes += (self._writer.path / shard_name(shard)).stat().st_size
                 records = []
+
+
+def host_copy(drawn: Drawn) -> Callable[[], Drawn]:
+    """Starts the copy of a batch's draws to the host; the function returned waits for it, on whichever thread.
+
+    On an accelerator the copies run on a stream of their own into pinned memory, behind what made the draws and beside
+    the next batch; a plain `.cpu()` later would queue behind that batch. On the host nothing is copied.
+    """
+    devices = {each.device for each in _tensors(drawn) if each.is_cuda}
+    if not devices:
+        return lambda: drawn
+    device = devices.pop()
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        copied = _mapped(drawn, _to_pinned)
+    for each in _tensors(drawn):
+        each.record_stream(side)  # its memory is not given away before the copy is through
+    finished = side.record_event()
+
+    def arrived() -> Drawn:
+        finished.synchronize()
+        return copied
+
+    return arrived
+
+
+def _to_pinned(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+def _mapped(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """The same lists and dataclasses with `function` of each tensor."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, list):
+        return [_mapped(each, function) for each in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{each.name: _mapped(getattr(value, each.name), function) for each in fields(value)})
+    return value
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        found.append(tensor)
+        return tensor
+
+    _mapped(value, note)
+    return found

@@ -1,0 +1,134 @@
+"""What capturing costs beside the teacher: end to end against its bare forward, and what one core codes and writes.
+
+    python benchmarks/capture.py [--teachers 10m,30m] [--vocab 32768] [--rounds 3]
+
+The bare forward is `model(input_ids).logits` of the same rows in the same batches; capture is all that `sparsekd
+capture` does with them: body, head in chunks, 50 draws, coding, checking, writing. CPU seconds of the process, its
+writer's included, one thread; random weights, the head scaled so that a position keeps a dozen ids or two, as a trained
+teacher's. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from cache import draw_targets
+from timing import alternating, machine, ratios
+
+from sparsekd import models, rng
+from sparsekd.cache import CacheSpec, CacheWriter, RowRecord
+from sparsekd.codec import codec_spec
+from sparsekd.drawing import HEAD_BYTES, Teacher, read_head, sampler_parameters, shard_batches
+from sparsekd.shard_thread import ShardThread
+
+SEQ_LEN, BATCH, BATCHES, DRAWS = 256, 4, 3, 50
+
+
+def cache_spec(vocab: int, rows: int, seq_len: int, codec: str = "raw24") -> CacheSpec:
+    return CacheSpec(
+        rows=rows,
+        seq_len=seq_len,
+        shard_rows=rows,
+        logit_width=vocab,
+        codec=codec_spec(codec, logit_width=vocab, rounds=DRAWS),
+        sampler=sampler_parameters("random_sampling") | {"name": "random_sampling", "seed": 0, "rng": rng.ALGORITHM},
+        teacher={},
+        tokenizer={},
+        data={},
+        capture={"batch_size": BATCH, "head_chunk": max(1, HEAD_BYTES["cpu"] // (4 * vocab))},
+    )
+
+
+def make_teacher(name: str, vocab: int, spec: CacheSpec) -> Teacher:
+    torch.manual_seed(0)
+    model = models.new_student({"family": name}, vocab_size=vocab, seq_len=SEQ_LEN).eval()
+    with torch.no_grad():
+        ids = torch.randint(vocab, (1, 64))
+        model.get_output_embeddings().weight *= 5 / model(input_ids=ids).logits.std()
+    return Teacher(model=model, head=read_head(model), spec=spec)
+
+
+def capture_share(name: str, vocab: int, rounds: int) -> dict[str, object]:
+    """Tokens per second over those of the bare forward, in CPU and in wall seconds, and how long the teacher waited."""
+    spec = cache_spec(vocab, BATCH * BATCHES, SEQ_LEN)
+    source = make_teacher(name, vocab, spec)
+    ids = np.random.default_rng(0).integers(vocab, size=(spec.rows, SEQ_LEN)).astype(np.uint32)
+    waited: list[float] = []
+
+    def bare() -> None:
+        with torch.no_grad():
+            for batch in shard_batches(spec, 0):
+                source.model(input_ids=torch.from_numpy(ids[batch].astype(np.int64)), use_cache=False)
+
+    def capture() -> None:
+        ones = np.ones((BATCH, SEQ_LEN), bool)
+        with tempfile.TemporaryDirectory() as folder, ShardThread(CacheWriter(folder, spec), 0.0) as background:
+            begin = time.perf_counter()
+            for batch in shard_batches(spec, 0):
+                rows = SimpleNamespace(input_ids=ids[batch], supervised=ones, starts=np.zeros_like(ones))
+                background.put(0, batch, rows, source.draw(rows.input_ids, ones, batch.start))
+            waited.append(background.waited / (time.perf_counter() - begin))
+
+    seconds = alternating({"bare": bare, "capture": capture}, rounds)
+    wall = alternating({"bare": bare, "capture": capture}, max(1, rounds // 2), time.perf_counter)
+    return {
+        "teacher": name,
+        "parameters": sum(p.numel() for p in source.model.parameters()),
+        "vocab": vocab,
+        "tokens_per_second_over_bare_cpu": 1 / ratios(seconds, "bare")["capture"],
+        "tokens_per_second_over_bare_wall": 1 / ratios(wall, "bare")["capture"],
+        "bare_us_per_token": 1e6 * float(np.median(seconds["bare"])) / ids.size,
+        "teacher_waited": float(np.median(waited)),
+    }
+
+
+def writer_rate(vocab: int, codec: str, rounds: int) -> float:
+    """Tokens that one core codes, checks and writes in a second, at about 15 ids a position."""
+    seq_len, rows = 4096, 4
+    spec = cache_spec(vocab, rows, seq_len, codec)
+    numbers = np.random.default_rng(0)
+    everywhere = np.ones(seq_len, bool)
+    records = [
+        RowRecord(
+            input_ids=numbers.integers(vocab, size=seq_len),
+            targets=draw_targets(numbers, seq_len - 1, vocab, DRAWS),
+            starts=~everywhere,
+            supervised=everywhere,
+        )
+        for _ in range(rows)
+    ]
+
+    def write() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            CacheWriter(folder, spec).write(0, records)
+
+    return rows * seq_len / float(np.median(alternating({"write": write}, rounds)["write"]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--teachers", default="10m,30m")
+    parser.add_argument("--vocab", type=int, default=32_768)
+    parser.add_argument("--rounds", type=int, default=3)
+    a = parser.parse_args()
+    torch.set_num_threads(1)
+    shares = [capture_share(name, a.vocab, a.rounds) for name in a.teachers.split(",")]
+    rates = {codec: writer_rate(128_256, codec, a.rounds + 2) for codec in ("raw24", "split")}
+    print("teacher     parameters   capture / bare, CPU      wall   teacher waited")
+    for each in shares:
+        cpu, wall = each["tokens_per_second_over_bare_cpu"], each["tokens_per_second_over_bare_wall"]
+        size = f"{each['parameters'] / 1e6:.0f}M"
+        print(f"{each['teacher']:<12}{size:>10}{cpu:>23.2f}{wall:>10.2f}{each['teacher_waited']:>16.2%}")
+    for codec, rate in rates.items():
+        print(f"{codec} coded, checked and written: {rate / 1e6:.2f}M tokens a second and core")
+    print("\n" + json.dumps({"machine": machine(), "capture": shares, "writer": rates}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""What reading a cache costs: shuffled batches to ready tensors, one random row, finding a row among 10^9, waiting.
+
+    python benchmarks/reading.py [--vocab 128256] [--rounds 5]
+
+Tokens per second of one core (CPU seconds, warm page cache) through CacheDataset and SparseKDCollator, in batches of 8
+rows of 4,096 tokens with about 15 ids each, beside the same targets as Parquet lists and as a `datasets` table where
+those packages are. The wait is what a training step finds left to do when it asks for its next batch: the demo's
+student, 16 rows of 128 tokens, through a torch DataLoader. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from cache import draw_targets
+from timing import alternating, machine, medians
+
+import sparsekd as skd
+from sparsekd import models
+from sparsekd.cache import CacheReader, CacheSpec, CacheWriter, RowRecord
+from sparsekd.codec import codec_spec
+from sparsekd.order import permute
+
+SEQ_LEN, BATCH, DRAWS = 4096, 8, 50
+
+
+def make_records(rows: int, seq_len: int, vocab: int) -> list[RowRecord]:
+    numbers, everywhere = np.random.default_rng(0), np.ones(seq_len, bool)
+    return [
+        RowRecord(
+            input_ids=numbers.integers(vocab, size=seq_len),
+            targets=draw_targets(numbers, seq_len - 1, vocab, DRAWS),
+            starts=~everywhere,
+            supervised=everywhere,
+        )
+        for _ in range(rows)
+    ]
+
+
+def write_cache(folder: Path, records: list[RowRecord], vocab: int, codec: str) -> CacheReader:
+    spec = CacheSpec(
+        rows=len(records),
+        seq_len=len(records[0].input_ids),
+        shard_rows=8,
+        logit_width=vocab,
+        codec=codec_spec(codec, logit_width=vocab, rounds=DRAWS),
+        sampler={},
+        teacher={},
+        tokenizer={},
+        data={},
+    )
+    writer = CacheWriter(folder, spec)
+    for shard in range(spec.shards):
+        writer.write(shard, [records[row] for row in spec.shard_range(shard)])
+    writer.finalize()
+    return CacheReader(folder)
+
+
+def epoch(rows: CacheReader):
+    """A shuffled epoch to ready tensors, without the thread that reads ahead: one core does it all."""
+    dataset, collate = skd.CacheDataset(rows, seed=0), skd.SparseKDCollator()
+    for start in range(0, len(rows), BATCH):
+        collate(dataset._items(0, range(start, min(start + BATCH, len(rows)))))
+
+
+def peers(folder: Path, records: list[RowRecord]) -> dict[str, object]:
+    """The same epoch from list columns, read as their users do: a batch of rows, then padded tensors."""
+    try:
+        import datasets
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        return {}
+    ends = [np.concatenate([[0], np.cumsum(each.targets.sizes)]).astype(np.int32) for each in records]
+    columns = {
+        name: pa.array(
+            [
+                [v.tolist() for v in np.split(getattr(each.targets, name), end[1:-1])]
+                for each, end in zip(records, ends, strict=True)
+            ],
+            pa.list_(pa.list_(pa.uint32())),
+        )
+        for name in ("ids", "values")
+    }
+    table = pa.table({"input_ids": pa.array([each.input_ids for each in records]), **columns})
+    pq.write_table(table, folder / "rows.parquet", row_group_size=1)
+    file, hub = pq.ParquetFile(folder / "rows.parquet"), datasets.Dataset(table)
+    order = permute(np.arange(len(records)), len(records), seed=0)
+
+    def pad(lists: pa.ListArray) -> torch.Tensor:
+        inner = lists.values
+        flat, sizes = inner.values.to_numpy(), np.diff(inner.offsets.to_numpy())
+        kept = np.arange(sizes.max()) < sizes[:, None]
+        padded = np.zeros(kept.shape, np.int64)
+        padded[kept] = flat[inner.offsets.to_numpy()[0] :][: kept.sum()]
+        return torch.from_numpy(padded)
+
+    def parquet() -> None:
+        for start in range(0, len(order), BATCH):
+            rows = file.read_row_groups(order[start : start + BATCH].tolist()).combine_chunks()
+            torch.from_numpy(rows["input_ids"].chunk(0).values.to_numpy().copy())
+            for name in ("ids", "values"):
+                pad(rows[name].chunk(0))
+
+    arrow = hub.with_format("arrow")
+
+    def hub_arrow() -> None:
+        for start in range(0, len(order), BATCH):
+            rows = arrow[order[start : start + BATCH].tolist()].combine_chunks()
+            torch.from_numpy(rows["input_ids"].chunk(0).values.to_numpy().copy())
+            for name in ("ids", "values"):
+                pad(rows[name].chunk(0))
+
+    return {"Parquet lists": parquet, "datasets, Arrow lists": hub_arrow}
+
+
+def row_microseconds(rows: CacheReader) -> dict[str, float]:
+    """Median wall time of one random row: bytes and checksum alone, and decoded."""
+    order = permute(np.arange(400) % len(rows), len(rows), seed=1).tolist()
+    shard_rows, spent = rows.spec.shard_rows, {"before decoding": [], "decoded": []}
+    for row in order:
+        shard = rows._shard(row // shard_rows)
+        begin = time.perf_counter()
+        shard.read_row(row % shard_rows)
+        middle = time.perf_counter()
+        rows.flat(row)
+        spent["before decoding"].append(middle - begin)
+        spent["decoded"].append(time.perf_counter() - middle)
+    return {name: 1e6 * statistics.median(each[50:]) for name, each in spent.items()}
+
+
+def order_microseconds(rounds: int) -> dict[str, float]:
+    """To find the 64 rows of a batch anywhere in an epoch: all that resuming takes, by the number of rows."""
+    sizes = {f"{size:.0e}": size for size in (10**3, 10**5, 10**7, 10**9)}
+
+    def find(size: int):
+        return lambda: permute(np.arange(size - 64, size), size, seed=1, epoch=7)
+
+    found = alternating({name: find(size) for name, size in sizes.items()}, 20 * rounds, time.perf_counter)
+    return {name: 1e6 * spent for name, spent in medians(found).items()}
+
+
+def waits(folder: Path, steps: int) -> dict[str, float]:
+    """Share of the wall time that a step waits for its batch, with and without reading ahead."""
+    vocab, seq_len, batch = 1024, 128, 16
+    rows = write_cache(folder, make_records(40 * batch, seq_len, vocab), vocab, "raw24")
+    model = skd.attach_sparse_kd(models.new_student("tiny", vocab_size=vocab, seq_len=seq_len))
+    shares = {}
+    for name in ("read ahead", "read in the step"):
+        dataset = skd.CacheDataset(rows, seed=0)
+        if name != "read ahead":
+            dataset._read_ahead = lambda read, indices, **_: read(indices)  # type: ignore[assignment]
+        loader = iter(torch.utils.data.DataLoader(dataset, batch_size=batch, collate_fn=skd.SparseKDCollator()))
+        wall, work = [], []
+        for _ in range(min(steps, len(dataset) // batch)):
+            begin = (time.perf_counter(), time.thread_time())
+            inputs = next(loader)
+            middle = (time.perf_counter(), time.thread_time())
+            model(**inputs).loss.backward()
+            wall.append((middle[0] - begin[0], time.perf_counter() - begin[0]))
+            work.append((middle[1] - begin[1], time.thread_time() - begin[1]))
+        # Medians: on a busy machine a thread that is not scheduled looks like one that waits.
+        for clock, pairs in (("wall", wall[1:]), ("CPU of the training thread", work[1:])):
+            shares[f"{name}, {clock}"] = statistics.median(w for w, _ in pairs) / statistics.median(t for _, t in pairs)
+        shares[f"{name}, ms a step"] = 1e3 * statistics.median(t for _, t in work[1:])
+    return shares
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--vocab", type=int, default=128_256)
+    parser.add_argument("--rounds", type=int, default=5)
+    a = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        records = make_records(2 * BATCH, SEQ_LEN, a.vocab)
+        caches = {codec: write_cache(folder / codec, records, a.vocab, codec) for codec in ("raw24", "split")}
+        runs = {codec: (lambda rows=rows: epoch(rows)) for codec, rows in caches.items()} | peers(folder, records)
+        seconds = medians(alternating(runs, a.rounds))
+        result = {
+            "machine": machine(),
+            "tokens_per_second": {each: len(records) * SEQ_LEN / spent for each, spent in seconds.items()},
+            "row_us": {codec: row_microseconds(rows) for codec, rows in caches.items()},
+            "order_us": order_microseconds(a.rounds),
+            "waits": waits(folder / "small", 40),
+        }
+    print("to ready tensors, M tokens a second and core")
+    for each, rate in result["tokens_per_second"].items():
+        print(f"  {each:<28}{rate / 1e6:>8.2f}")
+    for codec, spent in result["row_us"].items():
+        print(
+            f"random row, {codec}: {spent['before decoding']:.0f} µs before decoding, {spent['decoded']:.0f} µs decoded"
+        )
+    print("64 rows of an epoch found, µs: " + ", ".join(f"{k} rows {v:.0f}" for k, v in result["order_us"].items()))
+    print(
+        "share of the time that a step waits: "
+        + ", ".join(f"{k} {v:.2%}" for k, v in result["waits"].items() if "ms" not in k)
+    )
+    print("\n" + json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
