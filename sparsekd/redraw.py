@@ -338,7 +338,8 @@ def _joined(entries: Entries, treated: Entries, masses: dict[str, Array], count:
     masses["open"] = np.bincount(entries.position, entries.weight * entries.still_open, count)
     treated = _added_up(treated)
     masses["accepted"] = np.bincount(treated.position, treated.weight, count)
-    masses["dropped"] = np.bincount(entries.position, entries.weight, count) - masses["accepted"]
+    masses["dropped"] = (np.bincount(entries.position, entries.weight, count) - masses["accepted"]).clip(0)
+    masses["dropped"][masses["dropped"] < 1e-12] = 0  # two sums in another order
     lost = masses["rejected"] + masses["short"] + masses["dropped"]
     scale = (masses["accepted"] + lost) / np.where(masses["accepted"] > 0, masses["accepted"], 1)
     return Rewritten(
