@@ -128,7 +128,9 @@ def measure_parquet(records: list[RowRecord], row_groups: bool) -> tuple[float, 
 def trained_cache(folder: str) -> str:
     """A cache of 50 draws from a language model that was just trained."""
     from sparsekd.lab import Arm, Lab, LabSettings
+    from sparsekd.vocab import quiet_transformers
 
+    quiet_transformers()
     teacher = {"family": "mini", "hidden_size": 96, "num_attention_heads": 3, "intermediate_size": 256}
     settings = LabSettings(
         vocab_size=8192,
