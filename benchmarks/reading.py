@@ -154,10 +154,11 @@ def waits(folder: Path, steps: int) -> dict[str, float]:
     model = skd.attach_sparse_kd(models.new_student("tiny", vocab_size=vocab, seq_len=seq_len))
     shares = {}
     for name in ("read ahead", "read in the step"):
-        dataset = skd.CacheDataset(rows, seed=0)
+        collate = skd.SparseKDCollator()
+        dataset = skd.CacheDataset(rows, seed=0, collate=collate)
         if name != "read ahead":
             dataset._read_ahead = lambda read, indices, **_: read(indices)  # type: ignore[assignment]
-        loader = iter(torch.utils.data.DataLoader(dataset, batch_size=batch, collate_fn=skd.SparseKDCollator()))
+        loader = iter(torch.utils.data.DataLoader(dataset, batch_size=batch, collate_fn=collate))
         wall, work = [], []
         for _ in range(min(steps, len(dataset) // batch)):
             begin = (time.perf_counter(), time.thread_time())

@@ -177,7 +177,8 @@ class CacheDataset(torch.utils.data.Dataset):
     the first rows only. `multiple_of` (the rows of one optimizer step) ends each epoch with a whole step: the rows left
     over are others in every epoch, and an epoch has as many steps for any split of a step into batches and processes.
 
-    A data loader without worker processes finds the next batch read already (`read_ahead`): give it none.
+    A data loader without worker processes finds the next batch read already (`read_ahead`): give it none. With
+    `collate`, the loader's own SparseKDCollator, that batch is ready tensors too.
     """
 
     def __init__(
@@ -188,8 +189,10 @@ class CacheDataset(torch.utils.data.Dataset):
         shuffle: bool = True,
         limit: int | None = None,
         multiple_of: int = 1,
+        collate: SparseKDCollator | None = None,
     ) -> None:
         self.rows = rows
+        self.collate = collate
         self.seed = seed
         self.shuffle = shuffle
         self.size = len(rows) if limit is None else min(limit, len(rows))
@@ -220,7 +223,16 @@ class CacheDataset(torch.utils.data.Dataset):
         numbers = np.asarray(indices, np.int64)
         if self.shuffle and len(numbers):
             numbers = permute(numbers, self.size, self.seed, epoch)
-        return [self.rows[number] for number in numbers.tolist()]
+        rows = [self.rows[number] for number in numbers.tolist()]
+        return rows if self.collate is None or not rows else CollatedRows(rows, self.collate)
+
+
+class CollatedRows(list[Any]):
+    """Rows whose batch is made already, on the thread that read them."""
+
+    def __init__(self, rows: list[Any], collate: SparseKDCollator) -> None:
+        super().__init__(rows)
+        self.collator, self.batch = collate, collate(rows)
 
 
 class SparseKDCollator:
@@ -237,6 +249,8 @@ class SparseKDCollator:
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Tensor]:
         """Tensors [B, L], [B, L] and twice [B, L-1, K]; targets are padded with weight 0 to the batch's largest K."""
+        if isinstance(rows, CollatedRows) and rows.collator is self:
+            return rows.batch
         ids = np.stack([row.input_ids for row in rows]).astype(np.int64)
         supervised = np.stack([row.supervised for row in rows])
         supervised[:, 0] = False

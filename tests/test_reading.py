@@ -101,6 +101,20 @@ def test_a_collated_batch_is_the_rows_targets(cache):
         assert batch["labels"][b].tolist() == labels.tolist()
 
 
+def test_a_batch_made_ahead_is_the_batch(cache):
+    """With `collate` the same tensors come, from the same loader; another collator makes its own."""
+    collate = skd.SparseKDCollator()
+    ready, plain = skd.CacheDataset(cache, seed=4, collate=collate), skd.CacheDataset(cache, seed=4)
+    for ahead, slow in zip(
+        torch.utils.data.DataLoader(ready, batch_size=6, collate_fn=collate),
+        torch.utils.data.DataLoader(plain, batch_size=6, collate_fn=collate),
+        strict=True,
+    ):
+        assert all(torch.equal(ahead[key], slow[key]) for key in slow)
+    assert collate(ready.__getitems__([0, 1])) is not collate(ready.__getitems__([0, 1]))
+    assert "kd_ids" not in skd.SparseKDCollator(with_targets=False)(ready.__getitems__([0, 1]))
+
+
 @pytest.mark.parametrize(
     "batches",
     [
