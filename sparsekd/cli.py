@@ -183,6 +183,14 @@ def transcode(
         print(f"{stats['positions']:,} positions with {stats['pairs'] / max(stats['positions'], 1):.1f} ids each")
 
 
+@app.command(epilog=_example("pool", "caches=[A, B] weights=[0.7, 0.3] out=pooled"))
+def pool(config: Recipe = None, settings: Settings = None, show: ShowSettings = False) -> None:
+    """Caches of several teachers on the same rows -> one, the weighted mean of their targets. Run again to resume."""
+    with _bar("shard") as progress:
+        stats = _run("pool", config, settings, show, progress=progress)["stats"]
+    print(f"{stats['positions']:,} positions with {stats['pairs'] / max(stats['positions'], 1):.1f} ids each")
+
+
 def _counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())
 

@@ -28,6 +28,7 @@ STAGES = {
     "merge": ("sparsekd.merge", "merge"),
     "misalign": ("sparsekd.misalign", "misalign"),
     "transcode": ("sparsekd.transcode", "transcode"),
+    "pool": ("sparsekd.pool", "pool"),
     "adapt": ("sparsekd.adapt", "adapt"),
     "train": ("sparsekd.train", "train"),
     "evaluate": ("sparsekd.evaluate", "evaluate"),

@@ -29,6 +29,10 @@ def recompute(cache: CacheReader, teacher: str, rows: int, seed: int = 0, device
     """
     check_at_least(1, rows=rows)
     spec, device = cache.spec, models.check_device(device)
+    if "transcoded" in spec.data or spec.sampler.get("name") == "pool":
+        raise MismatchError(
+            f"{cache.path} was not drawn from a teacher but made of other caches; verify those with their teachers"
+        )
     model = models.open_model(teacher, dtype=spec.teacher["dtype"], device=device)
     found = models.describe(model, teacher)["weights"]
     if found != spec.teacher["weights"]:

@@ -245,9 +245,8 @@ def survey(job: Job) -> dict[str, Any]:
     shared_starts, identical_spans: of the student's tokens, those that start where (cover what) a teacher's token does.
     covered: of the positions, those that get targets. accepted, rejected, short, dropped: of the draws' mass, where
     there is any; open: what is decided by `unresolved`. noise: variance of a target over that of the same number of
-    draws that nothing is rejected of. cut: tokens beyond seq_len. lost: tokens of text that does not come back. padding:
-    of the rows.
-    bytes_per_token, tokens_per_teacher_token, and what the cache had: from_bytes_per_token.
+    draws that nothing is rejected of. cut: tokens beyond seq_len. lost: tokens of text that does not come back.
+    padding: of the rows. bytes_per_token, tokens_per_teacher_token, and what the cache had: from_bytes_per_token.
     """
     pair, rows = job.answers.pair, _survey_rows(job.reader)
     parts = list(transcoded(job, rows))

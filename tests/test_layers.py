@@ -83,6 +83,7 @@ LAYERS: dict[str, set[str]] = {
         "recompute",
         "misalign",
         "transcode",
+        "pool",
         "merge",
         "plan_measures",
         "plan",

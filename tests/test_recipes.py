@@ -19,6 +19,7 @@ REQUIRED = {
     "adapt": {"out": "a", "teacher": "t", "rows": "rows"},
     "merge": {"caches": ["a", "b"], "out": "m"},
     "transcode": {"cache": "cache", "tokenizer": "t"},
+    "pool": {"caches": ["a", "b"], "out": "p"},
     "misalign": {"cache": "cache", "rows": "rows", "out": "m"},
     "train": {"out": "s", "student": "tiny"},
     "evaluate": {"model": "m", "rows": "rows"},

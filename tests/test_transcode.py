@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from sparsekd.cache import CacheReader, check_alignment, verify
 from sparsekd.errors import MismatchError, RecipeError, SourceError
+from sparsekd.recompute import recompute
 from sparsekd.redraw import Answers, Draws, rewrite
 from sparsekd.retokenise import Context, cut_ids, pair_of, retokenise
 from sparsekd.transcode import transcode
@@ -227,6 +228,8 @@ def test_refusals(world, tokenizers, tmp_path):
     with pytest.raises(RecipeError, match="needs out=FOLDER, or dry_run=true"):
         transcode(cache=world.cache, tokenizer=tokenizers["other"])
     transcode(cache=world.cache, tokenizer=tokenizers["other"], out=tmp_path / "t")
+    with CacheReader(tmp_path / "t") as reader, pytest.raises(MismatchError, match="made of other caches"):
+        recompute(reader, world.teacher, rows=1)
     with pytest.raises(MismatchError, match=r"transcoded\.chain"):
         transcode(cache=world.cache, tokenizer=tokenizers["other"], out=tmp_path / "t", chain=1)
     shutil.rmtree(tmp_path / "t" / "tokenizer")
@@ -310,3 +313,45 @@ def test_draws_after_a_word_are_conditioned_on_its_cut(families):
             exact[read[len(tokens)] if piece else pair.student.eos] += p[w]
     assert 0 < found.masses["rejected"][0] == pytest.approx(1 - exact.sum())
     assert np.bincount(found.token, found.weight, len(exact)) == pytest.approx(exact / exact.sum())
+
+
+# --- ensembles ------------------------------------------------------------------------------------------
+
+
+def dense(row, width):
+    found = np.zeros((len(row.targets.ids), width))
+    np.add.at(found, (np.arange(len(found))[:, None], row.targets.ids), row.targets.weights)
+    return found
+
+
+def test_pooled_targets_are_the_weighted_mean(world, tokenizers, tmp_path):
+    """Two transcoded caches: 3 parts of one and 1 of the other, where both speak; where one does, it alone."""
+    from sparsekd.pool import pool
+
+    paths = [str(tmp_path / name) for name in ("point", "drop")]
+    for path in paths:
+        transcode(cache=world.cache, tokenizer=tokenizers["other"], out=path, unresolved=Path(path).name, chain=0)
+    pool(caches=paths, weights=[3, 1], out=tmp_path / "pooled")
+    assert verify(tmp_path / "pooled").problems == []
+    alone = 0
+    with CacheReader(paths[0]) as a, CacheReader(paths[1]) as b, CacheReader(tmp_path / "pooled") as both:
+        assert [part["weight"] for part in both.spec.sampler["parts"]] == [0.75, 0.25]
+        for row in range(0, len(a), 7):
+            x, y, found = (dense(reader[row], a.spec.logit_width) for reader in (a, b, both))
+            silent = y.sum(-1) == 0
+            alone += int((silent & (x.sum(-1) > 0)).sum())
+            mean = np.where(silent[:, None], x, 0.75 * x + 0.25 * y)
+            assert np.allclose(found, mean, rtol=1e-3)
+    assert alone
+
+
+def test_other_rows_are_not_pooled(world, tokenizers, tmp_path):
+    """Another tokenizer, and weights that do not fit."""
+    from sparsekd.pool import pool
+
+    transcode(cache=world.cache, tokenizer=tokenizers["other"], out=tmp_path / "t")
+    with pytest.raises(MismatchError, match="has tokenizer="):
+        pool(caches=[world.cache, str(tmp_path / "t")], out=tmp_path / "p")
+    for weights in ([1.0], [1.0, 0.0], [1.0, float("nan")]):
+        with pytest.raises(RecipeError, match="a positive weight for each"):
+            pool(caches=[world.cache, world.cache], weights=weights, out=tmp_path / "p")

@@ -1,0 +1,149 @@
+"""Pool: an ensemble in one cache, the weighted mean of several teachers' targets on the same rows.
+
+Teachers of one tokenizer are captured on the same rows; of another one, `transcode` brings them into the student's
+first. A student then learns from Σ α_c p_c / Σ α_c, for the price of one cache.
+
+Shapes: P supervised positions, M entries of all of them.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparsekd.cache import CacheReader, CacheSpec, CacheWriter, RowRecord
+from sparsekd.codec import CODECS, CURVES, codec_spec
+from sparsekd.errors import MismatchError, RecipeError
+from sparsekd.flat import FlatTargets
+
+
+def pool(
+    *,
+    caches: list[str],
+    out: str | Path,
+    weights: list[float] | None = None,
+    progress: Callable[[int, int], Any] | None = None,
+) -> dict[str, Any]:
+    """The weighted mean of caches of the same rows. A position that some of them have no targets for is the mean of
+    the others. Run it again to resume.
+
+    Args:
+        caches: two or more folders, of the same rows in the same tokenizer (transcoded ones, say).
+        weights: of each cache, positive; default: all alike. Only their ratios matter.
+        out: the folder that takes the new cache.
+        progress: called with (shards done, shards) after each.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        RecipeError: fewer than two caches, or weights that do not fit them.
+        MismatchError: caches of other rows or another tokenizer, or without ids.
+    """
+    shares = _shares(caches, weights)
+    with ExitStack() as stack:
+        readers = [stack.enter_context(CacheReader(path)) for path in caches]
+        for reader in readers:
+            _check_same(readers[0], reader)
+        spec = _spec(readers, shares)
+        writer = CacheWriter(out, spec)
+        if (home := Path(readers[0].path) / "tokenizer").is_dir():
+            shutil.copytree(home, Path(out) / "tokenizer", dirs_exist_ok=True)
+        todo = writer.missing()
+        for done, shard in enumerate(todo, 1):
+            writer.write(shard, [_pooled(readers, shares, row) for row in spec.shard_range(shard)])
+            if progress:
+                progress(done, len(todo))
+        return writer.finalize()
+
+
+def _shares(caches: list[str], weights: list[float] | None) -> list[float]:
+    given = [1.0] * len(caches) if weights is None else weights
+    if len(caches) < 2 or len(given) != len(caches) or not all(0 < each < float("inf") for each in given):
+        raise RecipeError(
+            f"pool takes two caches or more and a positive weight for each, got {len(caches)} caches and "
+            f"weights={weights}; for example caches=[A, B] weights=[0.7, 0.3]"
+        )
+    return [each / sum(given) for each in given]
+
+
+def _check_same(first: CacheReader, other: CacheReader) -> None:
+    if CODECS[other.spec.codec["name"]].holds == CURVES:
+        raise MismatchError(
+            f"{other.path} holds sorted curves, which have no ids to pool; capture with another sampler"
+        )
+    here, there = _meaning(first.spec), _meaning(other.spec)
+    for name, was in here.items():
+        if was != there[name]:
+            raise MismatchError(
+                f"{first.path} has {name}={was}, {other.path} has {name}={there[name]}; pool takes caches of the same "
+                "rows in one tokenizer: transcode both with the same tokenizer and seq_len"
+            )
+
+
+def _meaning(spec: CacheSpec) -> dict[str, Any]:
+    """What ids and rows mean; rows themselves are compared as they are read."""
+    hash_ = str(spec.tokenizer.get("hash"))[:12]
+    sets = (spec.data.get("transcoded") or {}).get("sets")
+    size = sets or spec.tokenizer.get("vocab_size")
+    return {"tokenizer": hash_, "vocabulary": size, "rows": spec.rows, "seq_len": spec.seq_len}
+
+
+def _spec(readers: Sequence[CacheReader], shares: list[float]) -> CacheSpec:
+    """The first cache's identity, with the samplers and teachers of all."""
+    specs = [reader.spec for reader in readers]
+    widest = max(specs, key=lambda spec: spec.logit_width)
+    unbiased = all(spec.sampler.get("unbiased") for spec in specs)
+    weights = "+".join(str(spec.teacher.get("weights"))[:12] for spec in specs)
+    parts = [{"weight": s, "teacher": x.teacher, "sampler": x.sampler} for s, x in zip(shares, specs, strict=True)]
+    return replace(
+        specs[0],
+        logit_width=widest.logit_width,
+        codec=codec_spec("prob40", logit_width=widest.logit_width, rounds=None),
+        sampler={"name": "pool", "unbiased": unbiased, "parts": parts},
+        teacher=specs[0].teacher | {"id": "+".join(str(x.teacher.get("id")) for x in specs), "weights": weights},
+        data=specs[0].data | ({"transcoded": t} if (t := widest.data.get("transcoded")) else {}),
+    )
+
+
+def _pooled(readers: Sequence[CacheReader], shares: list[float], row: int) -> RowRecord:
+    records = [reader.record(row) for reader in readers]
+    for reader, record in zip(readers, records, strict=True):
+        if not np.array_equal(record.input_ids, records[0].input_ids):
+            raise MismatchError(
+                f"row {row} of {readers[0].path} and of {reader.path} are different text; capture both teachers from "
+                "rows that hold the same text, row by row"
+            )
+    return replace(records[0], targets=mean_targets(records, shares), supervised=_union(records))
+
+
+def _union(records: Sequence[RowRecord]) -> np.ndarray:
+    found: np.ndarray = np.logical_or.reduce([record.supervised for record in records])
+    return found
+
+
+def mean_targets(records: Sequence[RowRecord], shares: Sequence[float]) -> FlatTargets:
+    """Σ α_c t_c / Σ α_c at each position, over the caches c that have targets there."""
+    union = _union(records)[1:]
+    number, count = np.cumsum(union) - 1, int(union.sum())
+    total = np.zeros(count)
+    keys, values = [], []
+    for record, share in zip(records, shares, strict=True):
+        where = number[record.supervised[1:]]
+        total[where] += share
+        keys.append(where[record.targets.positions].astype(np.int64) << 32 | record.targets.ids.astype(np.int64))
+        values.append(share * record.targets.weights.astype(np.float64))
+    unique, inverse = np.unique(np.concatenate(keys), return_inverse=True)
+    sums = np.bincount(inverse, np.concatenate(values), len(unique))
+    positions = unique >> 32
+    return FlatTargets(
+        ids=(unique & 0xFFFFFFFF).astype(np.uint32),
+        values=(sums / total[positions]).astype(np.float32),
+        sizes=np.bincount(positions, minlength=count).astype(np.int64),
+    )
