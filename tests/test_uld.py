@@ -224,20 +224,20 @@ def test_a_row_without_pairs_counts_nothing():
     assert (leaf.grad == 0).all()
 
 
-@pytest.mark.parametrize(("weight", "ends_at"), [(1.5, 1 / 3), (2.5, 1 / 5), (1.0, 1.0)])
-def test_a_weight_above_one_can_hold_a_student_at_the_wrong_token(weight, ends_at):
-    """A certain teacher, and a student that prefers another token than the label: CE + λ ULD is -log q + 2 λ q up to
-    q = 1/2, whose minimum is q = 1/(2 λ). For λ <= 1 there is none, and the student gets to the label."""
-    teacher = torch.tensor([[[40.0, 0.0, 0.0]] * 2], dtype=torch.float64)
-    logits = torch.tensor([[[0.0, 0.7, -30.0]] * 2], dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("weight", [1.0, 1.5, 2.5])
+def test_a_weight_above_one_can_hold_a_student_at_the_wrong_token(weight):
+    """A certain teacher, and a student that prefers another token than the label: up to q = 1/2, CE + λ ULD is
+    -log q + 2 λ q. The way to the label goes up from q = 1/(2 λ) on; for λ <= 1 it never does before 1/2."""
+    teacher = torch.tensor([[[60.0, 0.0]] * 2], dtype=torch.float64)
     tokens = tokenized([X, 0])
-    optimizer = torch.optim.SGD([logits], lr=0.5)
-    for _ in range(3000):
-        optimizer.zero_grad()
+    for q in torch.arange(0.05, 0.5, 0.01, dtype=torch.float64).tolist():
+        logits = torch.tensor([[[q, 1 - q]] * 2], dtype=torch.float64).log().requires_grad_()
         both = {"tokens": tokens, "teacher_tokens": tokens, "skip_student_eos": False}
-        uld(logits, teacher, **both, uld_weight=weight).backward()
-        optimizer.step()
-    assert logits.softmax(-1)[0, 0, 0].item() == pytest.approx(ends_at, abs=2e-3)
+        loss = uld(logits, teacher, **both, uld_weight=weight)
+        loss.backward()
+        assert loss.item() == pytest.approx(-math.log(q) + 2 * weight * q, abs=1e-9)
+        pulls_to_label = logits.grad[0, 0, 0] < 0
+        assert bool(pulls_to_label) == (q < 1 / (2 * weight)) or abs(q - 1 / (2 * weight)) < 1e-9
 
 
 def test_a_curve_of_all_ranks_is_the_dense_teacher():
