@@ -207,12 +207,14 @@ def train(
         elif isinstance(data.rows, OverlaidRows):
             edges = data.rows.reader.spec.codec["edges"]
             attach_cross_kd(model, method, edges=edges, align=align, kd_weight=kd_weight)
+        collator = _collator(method)
+        collate = collator if isinstance(collator, SparseKDCollator) else None
         trainer = student_trainer(
             model=model,
             args=_arguments(recipe, steps, progress),
-            train_dataset=CacheDataset(data.rows, seed=seed, multiple_of=rows_per_step),
+            train_dataset=CacheDataset(data.rows, seed=seed, multiple_of=rows_per_step, collate=collate),
             eval_dataset=None if heldout is None else CacheDataset(heldout, shuffle=False, limit=eval_limit),
-            data_collator=_collator(method),
+            data_collator=collator,
             callbacks=[clock := pace(evaluates=heldout is not None), *(callbacks or [])],
         )
         if not progress:
