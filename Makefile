@@ -17,8 +17,7 @@ check: .venv/.ready
 	$(BIN)/mypy
 
 bench: .venv/.ready
-	$(BIN)/python benchmarks/losses.py
-	$(BIN)/python benchmarks/samplers.py
+	$(BIN)/python benchmarks/page.py
 	$(BIN)/python benchmarks/cache.py
 
 format: .venv/.ready
