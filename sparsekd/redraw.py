@@ -30,6 +30,8 @@ REJECTED, SHORT, OPEN, DECIDED = range(4)
 _FATES = 4
 _WORD = re.compile(rb"(?:\A[^']?|[A-Za-z0-9] )[A-Za-z]*[A-Za-z]\Z", re.DOTALL)
 _LETTER = np.array([chr(byte).isascii() and chr(byte).isalpha() for byte in range(256)])
+_SIGN = np.array([not (chr(byte).isascii() and (chr(byte).isalnum() or chr(byte).isspace())) for byte in range(256)])
+_APOSTROPHE = ord("'")
 _NEXT = -2  # of a context without a draw: its text is used up, what follows decides
 # Answers kept at most; beyond, they are forgotten and found again. About 200 MB.
 MOST_ANSWERS = 2**23
@@ -118,6 +120,9 @@ def answer(answers: Answers, contexts: Array, draws: Array) -> tuple[Array, Arra
     control = begins < 0
     hopeless = ~control & (wants >= 0) & (wants != begins)
     apart = control | ((last_byte >= 0) & ~answers.pair.crossed[last_byte, begins] & (wants < 0))
+    # A run of signs may be one word (".'s" is not cut as "'s" is), and so may "'d" of "'def" or "foo's".
+    apostrophe = (begins == _APOSTROPHE) | (last_byte == _APOSTROPHE)
+    apart &= control | ~(_SIGN[begins] & _SIGN[last_byte] | apostrophe)
     inside = answers.pair.merges & ~apart & (letters > 0) & _LETTER[begins] & (wants < 0) & (alone != -1)
     fates, tokens = np.zeros(len(draws), np.int64), np.zeros(len(draws), np.int64)
     width = len(answers.pair.control)

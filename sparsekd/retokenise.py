@@ -38,7 +38,8 @@ from .vocab_bytes import (
 
 # Draws are read together with at most so many bytes of the text before them: words are shorter, SentencePiece's BPE
 # without a pre-tokenizer takes the whole text for one word.
-TAIL_BYTES = 32
+TAIL_BYTES = 96
+_WHITE = np.isin(np.arange(256), list(b" \t\n\r\v\f"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -371,7 +372,7 @@ def _spoken_about(stretch: Stretch, cut: Cut, count: int, contexts: Contexts) ->
     at_end = begins >= stretch.starts[-1]
     which[at_end] = stretch.last - stretch.first  # the control token, if there is one
     where = stretch.starts[which]
-    opening = _tail_starts(cut, where)
+    opening = _tail_starts(stretch.text, cut, where)
     numbers = [
         contexts.number(_context(stretch, cut, *each))
         for each in zip(opening.tolist(), range(count), which.tolist(), strict=True)
@@ -379,18 +380,21 @@ def _spoken_about(stretch: Stretch, cut: Cut, count: int, contexts: Contexts) ->
     return stretch.first + which, np.array(numbers, np.int64)
 
 
-def _tail_starts(cut: Cut, where: np.ndarray) -> np.ndarray:
+def _tail_starts(text: bytes, cut: Cut, where: np.ndarray) -> np.ndarray:
     """For each byte: the student's token that starts the word of the byte before it (or one TAIL_BYTES bytes back).
 
-    Of the byte before: a draw may go on with the word that the text ended there.
+    Of the byte before: a draw may go on with the word that the text ended there. Where that is white space, its whole
+    run: how pre-tokenizers cut a run depends on what follows it.
     """
     if not cut.ids:
         return np.zeros(len(where), np.int64)
-    last = last_start_before(cut.starts[:-1], where - 1).clip(0)
+    solid = ~_WHITE[np.frombuffer(text, np.uint8)]
+    run = np.where(solid, np.arange(len(text)), np.maximum.accumulate(np.where(solid, np.arange(len(text)), -1)) + 1)
+    last = last_start_before(cut.starts[:-1], run[(where - 1).clip(0)]).clip(0)
     word = np.maximum.accumulate(np.where(cut.words, np.arange(len(cut.ids)), 0))[last]
     near = np.searchsorted(cut.starts[:-1], where - TAIL_BYTES)
     found: np.ndarray = np.maximum(word, np.minimum(near, last))
-    return found
+    return np.where(where > 0, found, 0)
 
 
 def _context(stretch: Stretch, cut: Cut, opening: int, i: int, which: int) -> Context:

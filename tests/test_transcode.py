@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import folder_bytes
 from slow_transcode import slow_transcode
-from test_align import FAMILIES, byte_level, fast
+from test_align import CORPUS, FAMILIES, byte_level, fast
 from tokenizers import Tokenizer
 
 from sparsekd.cache import CacheReader, check_alignment, verify
@@ -25,6 +25,7 @@ from sparsekd.vocab_bytes import text_of, vocabulary_bytes
 TEXTS = [
     "The cat sees the dog, and counts 1 2 3.\n",
     "The dog fears the catcat 123456 caté é\r\n\tdef f(xxx):\n        return x  \n\n",
+    "x  = f(a.b,\n\n\n        'it''s', \"_y\") -- ('we'll' (The's)) 2024\n\n   \t the\n    the cat 's .'s ..\n",
     "naïve café — 你好 🙂👩‍👩‍👧 the  cat",
     "",
 ]
@@ -37,7 +38,13 @@ def random_draws(ids, width, pair, rng, rounds=12):
     for j, token in enumerate(ids):
         rest = b"".join(pieces[j:])
         agreeing = [other for other, piece in enumerate(of_id) if piece and rest.startswith(piece)] or [token]
-        some = [token, *rng.choice(agreeing, 2).tolist(), *rng.choice(width, 5).tolist()]
+        nasty = [t for t, piece in enumerate(of_id) if piece and piece[:1] in b" \n'\"(._-)"] or [token]
+        some = [
+            token,
+            *rng.choice(agreeing, 2).tolist(),
+            *rng.choice(width, 4).tolist(),
+            *rng.choice(nasty, 4).tolist(),
+        ]
         counts = rng.multinomial(rounds, np.full(len(some), 1 / len(some)))
         chosen = {}
         for draw, count in zip(some, counts.tolist(), strict=True):
@@ -61,15 +68,40 @@ def as_draws(draws, ids):
     )
 
 
+# Llama 3's: a sign sticks to the word behind it, digits come in threes, line ends to the signs before them.
+REGEX = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def with_regex(texts):
+    """A byte-level BPE behind Llama 3's regular expression."""
+    from tokenizers import Regex, models, pre_tokenizers, trainers
+
+    backend = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(REGEX), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(texts, trainer)
+    return fast(backend, eos_token="<|endoftext|>")
+
+
 @pytest.fixture(scope="module")
 def families():
-    return {name: make() for name, make in FAMILIES.items()} | {"small": byte_level(300)}
+    rich = [*CORPUS, *TEXTS * 10, Path(__file__).read_text(encoding="utf-8")]
+    more = {"small": byte_level(300), "regex": with_regex(rich), "rich": byte_level(420, rich)}
+    return {name: make() for name, make in FAMILIES.items()} | more
 
 
 @pytest.mark.parametrize("unresolved", ["point", "drop"])
 @pytest.mark.parametrize(
     ("teacher", "student"),
-    [("byte_level", "small"), ("small", "byte_level"), ("byte_level", "llama2_like"), ("byte_level", "unigram_like"),
+    [("byte_level", "small"), ("small", "byte_level"),
+     ("rich", "regex"), ("regex", "rich"), ("byte_level", "llama2_like"), ("byte_level", "unigram_like"),
      ("llama2_like", "byte_level"), ("llama2_like", "unigram_like"), ("unigram_like", "llama2_like")],
 )  # fmt: skip
 def test_the_fast_path_is_its_slow_twin(families, teacher, student, unresolved):
