@@ -112,7 +112,9 @@ def reading(found: Json) -> str:
         [f"random row, {codec}, before decoding", *bar(spent["before decoding"], 50, unit=" µs")]
         for codec, spent in found["row_us"].items()
     ]
-    rows.append(["64 rows found among 10⁹ (resuming anywhere)", *bar(found["order_us"]["1e+09"] / 1e6, 1, unit=" s")])
+    rows.append(
+        ["64 rows found among 10⁹ (resuming anywhere)", *bar(found["order_us"]["1e+09"] / 1e3, 1000, unit=" ms")]
+    )
     wait = found["waits"]["read ahead, wall"]
     rows.append(["a step of the demo waits for its batch", *bar(100 * wait, 0.5, unit=" %")])
     rows.append(["the same without reading ahead", f"{found['waits']['read in the step, wall']:.1%}", "", ""])
