@@ -23,6 +23,9 @@ from torch import Tensor
 from sparsekd.losses import kept_positions, reduce, safe_labels
 from sparsekd.targets import SparseTargets
 
+# Sums below this share of a row's largest probability are added up in logarithms: float32 ends at 1e-38.
+_UNDERFLOW = 1e-30
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrefixSets:
@@ -31,6 +34,15 @@ class PrefixSets:
     order: Tensor
     first: Tensor
     last: Tensor
+
+    def membership(self, dtype: torch.dtype) -> Tensor:
+        """[V, V] sparse: 1 where the column's token begins with the bytes of the row's."""
+        sizes, size = self.last - self.first, len(self.order)
+        begins = torch.repeat_interleave(self.first - (sizes.cumsum(0) - sizes), sizes)
+        columns = self.order[begins + torch.arange(int(sizes.sum()), device=begins.device)]
+        rows = torch.repeat_interleave(torch.arange(size, device=begins.device), sizes)
+        ones = torch.ones(len(rows), dtype=dtype, device=begins.device)
+        return torch.sparse_coo_tensor(torch.stack([rows, columns]), ones, (size, size), check_invariants=True)
 
     def to(self, device: torch.device | str) -> PrefixSets:
         """The same sets on another device."""
@@ -55,8 +67,8 @@ def prefix_set_ce(
         q = logits.softmax(-1)
         -(t[:, :V] * q.log() + t[:, V:] * (q @ member.T).log()).sum(-1)
 
-    but sums of small probabilities are taken as log-sum-exp over a set's own tokens, never as a difference of running
-    sums. Without a set among the targets it is `sparse_ce`.
+    but sums that would underflow are taken as log-sum-exp over a set's own tokens; none is a difference of sums.
+    Without a set among the targets it is `sparse_ce`.
 
     Args:
         logits: [..., V] or wider (a padded head); the loss is computed in float32 (float64 stays float64).
@@ -77,7 +89,7 @@ def prefix_set_ce(
     losses = -(weights * picked).sum(-1)
     rows, entries = is_set.nonzero(as_tuple=True)
     if len(rows):
-        masses = log_set_masses(log_q_NV, rows, flat.ids[rows, entries] - size, sets.to(logits.device))
+        masses = log_set_masses(log_q_NV[:, :size], rows, flat.ids[rows, entries] - size, sets.to(logits.device))
         losses = losses.index_add(0, rows, -weights[rows, entries] * masses)
     keep = kept_positions(log_q.shape[:-1], labels, ignore_index, logits.device)
     losses = losses.view(keep.shape)
@@ -88,11 +100,28 @@ def prefix_set_ce(
 
 
 def log_set_masses(log_q_NV: Tensor, rows: Tensor, tokens: Tensor, sets: PrefixSets) -> Tensor:
-    """[M] log q(C) in row `rows[m]` of the set of token `tokens[m]`: a log-sum-exp over the set's own tokens."""
-    order = torch.argsort(tokens, stable=True)
-    unique, counts = torch.unique_consecutive(tokens[order], return_counts=True)
-    parts = []
-    for token, part in zip(unique.tolist(), order.split(counts.tolist()), strict=True):
-        members = sets.order[sets.first[token] : sets.last[token]]
-        parts.append(log_q_NV[rows[part][:, None], members].logsumexp(-1))
-    return torch.cat(parts)[torch.argsort(order)]
+    """[M] log q(C) in row `rows[m]` of the set of token `tokens[m]`.
+
+    Every set of every row at once: membership has some entries a token only (its beginnings that are tokens), so the
+    sums are a product with a sparse matrix, relative to the row's largest probability. The few that this loses to
+    underflow are a log-sum-exp over the set's own tokens, one by one.
+    """
+    largest = log_q_NV.detach().amax(-1, keepdim=True)
+    sums_VN = torch.sparse.mm(sets.membership(log_q_NV.dtype), (log_q_NV - largest).exp().T)
+    picked = sums_VN[tokens, rows]
+    seen = picked > _UNDERFLOW
+    # where() twice: the logarithm of an underflow must not reach the gradient, not even times 0.
+    found = picked.where(seen, picked.new_ones(())).log() + largest[rows, 0]
+    if not seen.all():
+        lost = (~seen).nonzero()[:, 0]
+        found = found.index_copy(0, lost, log_set_masses_one_by_one(log_q_NV, rows[lost], tokens[lost], sets))
+    return found
+
+
+def log_set_masses_one_by_one(log_q_NV: Tensor, rows: Tensor, tokens: Tensor, sets: PrefixSets) -> Tensor:
+    """The same, set by set: the readable twin."""
+    parts = [
+        log_q_NV[row, sets.order[sets.first[token] : sets.last[token]]].logsumexp(-1)
+        for row, token in zip(rows.tolist(), tokens.tolist(), strict=True)
+    ]
+    return torch.stack(parts)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sparsekd.losses import sparse_ce
-from sparsekd.prefix_sets import PrefixSets, prefix_set_ce
+from sparsekd.prefix_sets import PrefixSets, log_set_masses, log_set_masses_one_by_one, prefix_set_ce
 from sparsekd.redraw import UNRESOLVED, Entries
 from sparsekd.targets import SparseTargets
 from sparsekd.vocab_bytes import prefix_ranges
@@ -70,6 +70,36 @@ def test_small_masses_keep_their_digits():
     targets = SparseTargets(ids=torch.tensor([[len(VOCABULARY) + 8]]), weights=torch.ones(1, 1))
     found = prefix_set_ce(logits, targets, sets_of(VOCABULARY))
     assert float(found) == pytest.approx(70 - np.log(2) + np.log(8), rel=1e-6)
+
+
+def test_masses_are_their_slow_twins_underflow_included():
+    """Logits over 200 nats, float32, values and gradients."""
+    torch.manual_seed(0)
+    size, sets = len(VOCABULARY), sets_of(VOCABULARY)
+    assert torch.equal(sets.membership(torch.float64).to_dense(), members(VOCABULARY))
+    rows, tokens = torch.arange(40).repeat_interleave(size), torch.arange(size).repeat(40)
+    for scale in (1, 40):
+        logits = [(scale * torch.randn(40, size)).requires_grad_() for _ in range(2)]
+        logits[1].data.copy_(logits[0].data)
+        found = [
+            masses(z.log_softmax(-1), rows, tokens, sets)
+            for z, masses in zip(logits, (log_set_masses, log_set_masses_one_by_one), strict=True)
+        ]
+        assert torch.allclose(*found, rtol=1e-5, atol=1e-5)
+        gradients = [torch.autograd.grad(each.sum(), z)[0] for each, z in zip(found, logits, strict=True)]
+        assert torch.allclose(*gradients, rtol=1e-4, atol=1e-4)
+        assert (found[0].min().item() < -75) == (scale == 40)
+
+
+def test_a_head_wider_than_the_vocabulary_keeps_its_mass():
+    """Padded logits count in the softmax and belong to no set."""
+    logits = torch.randn(1, len(VOCABULARY) + 3, dtype=torch.float64)
+    q, sets = logits.softmax(-1)[0], sets_of(VOCABULARY)
+    targets = SparseTargets(ids=torch.tensor([[len(VOCABULARY)]]), weights=torch.ones(1, 1, dtype=torch.float64))
+    exact = -(members(VOCABULARY)[0] * q[: len(VOCABULARY)]).sum().log()
+    assert float(prefix_set_ce(logits, targets, sets)) == pytest.approx(float(exact))
+    with pytest.raises(ValueError, match="vocabulary of 10 tokens, the logits of 9"):
+        prefix_set_ce(logits[:, :9], targets, sets)
 
 
 def test_without_sets_it_is_sparse_ce():
