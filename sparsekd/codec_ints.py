@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from . import compiled
 from .errors import FormatError
 
 if TYPE_CHECKING:
@@ -60,15 +61,25 @@ def _classes(values: Array) -> tuple[bytes, bytes, bytes]:
     return classes.tobytes(), over.astype(np.uint8).tobytes(), (over[two] >> 8).astype(np.uint8).tobytes()
 
 
-def decode_ints(data: bytes, most: int) -> tuple[Array, int]:
-    """[T] uint32 values and the number of bytes they took; FormatError for damaged bytes or more than `most` values."""
+def decode_ints(data: bytes, most: int, empty: Callable[[int, Any], Array] = np.empty) -> tuple[Array, int]:
+    """[T] uint32 values and the number of bytes they took; FormatError for damaged bytes or more than `most` values.
+
+    `empty` gives the memory for the values (`compiled.scratch` where they are soon forgotten).
+    """
     if len(data) < 4:
         raise FormatError(f"{len(data)} bytes cannot hold the length of a zstd frame; the file is damaged")
     end = 4 + struct.unpack_from("<I", data)[0]
     if end > len(data):
         raise FormatError(f"a zstd frame ends at byte {end} of {len(data)}; the file is damaged")
     classes = np.frombuffer(_decompress(data[4:end], min(most, MOST_VALUES)), np.uint8)
-    values: Array = _FIRST.take(classes)
+    values, fast = empty(len(classes), np.uint32), compiled.kernels()
+    used = fast.ints(classes, np.frombuffer(data, np.uint8), end, _FIRST, values) if fast else -1
+    return (values, used) if used >= 0 else _fill(values, classes, data, end)
+
+
+def _fill(values: Array, classes: Array, data: bytes, end: int) -> tuple[Array, int]:
+    """The values, filled, and where their raw bytes, which begin at `end`, end."""
+    _FIRST.take(classes, out=values, mode="clip")
     big = np.flatnonzero(classes >= _BYTE)
     two = big[classes[big] >= _TWO]
     used = end + len(big) + len(two)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from . import compiled
 from .codec_counts import _check_sums
 from .codec_ints import MOST_VALUE, MOST_VALUES, decode_ints, encode_ints
 from .errors import FormatError, MismatchError
@@ -123,7 +124,26 @@ def _decode(data: bytes, positions: int, spec: Spec) -> tuple[FlatTargets, int]:
     if not positions:
         empty = np.zeros(0, np.uint32)
         return FlatTargets(ids=empty, values=empty, sizes=np.zeros(0, np.int64), rounds=rounds), 0
-    values, used = decode_ints(data, positions * (1 + 2 * min(rounds, spec["logit_width"])))
+    most = positions * (1 + 2 * min(rounds, spec["logit_width"]))
+    values, used = decode_ints(data, most, compiled.scratch("values"))
+    return _split_quickly(values, positions, spec) or _split_list(values, positions, spec), used
+
+
+def _split_quickly(values: Array, positions: int, spec: Spec) -> FlatTargets | None:
+    """`_split_list`, compiled; None where that is not at hand, or refuses and does not say why."""
+    fast, rounds, width = compiled.kernels(), spec["rounds"], spec["logit_width"]
+    if fast is None:
+        return None
+    starts = compiled.scratch("starts")(len(values) + 1, np.uint8)
+    sound, ids, counts, sizes = fast.split(
+        values, positions, rounds, width, starts, *compiled.stamps(width, positions + 1)
+    )
+    return FlatTargets(ids=ids, values=counts, sizes=sizes, rounds=rounds) if sound else None
+
+
+def _split_list(values: Array, positions: int, spec: Spec) -> FlatTargets:
+    """The targets that the four streams say, or FormatError."""
+    rounds = spec["rounds"]
     if len(values) < positions:
         raise FormatError(f"{len(values)} values cannot hold {positions} sizes; the file is damaged")
     multiple = values[:positions].astype(np.int64)
@@ -131,6 +151,9 @@ def _decode(data: bytes, positions: int, spec: Spec) -> tuple[FlatTargets, int]:
     if total > len(values) - positions:
         raise FormatError(f"{total} counts do not fit in {len(values) - positions} values; the file is damaged")
     counts = _counts(values[positions : positions + total], multiple)
+    if int(counts.max(initial=0)) > rounds:  # beside others its sum could wrap around
+        owner = np.searchsorted(np.cumsum(multiple), int(np.argmax(counts)), side="right")
+        refuse(int(owner), f"counts that sum to more than {rounds}")
     single = rounds - _sums(counts, multiple)
     if int(single.min()) < 0:
         refuse(int(np.argmin(single)), f"counts that sum to more than {rounds}")
@@ -143,7 +166,7 @@ def _decode(data: bytes, positions: int, spec: Spec) -> tuple[FlatTargets, int]:
     ids = ids_of_steps(steps, run_starts(everything, first), rounds)
     check_ids(ids, sizes, spec["logit_width"])
     ids = ids.astype(np.uint32, copy=False)
-    return FlatTargets(ids=ids, values=everything, sizes=sizes, rounds=rounds), used
+    return FlatTargets(ids=ids, values=everything, sizes=sizes, rounds=rounds)
 
 
 def _counts(steps: Array, multiple: Array) -> Array:
@@ -230,9 +253,12 @@ def encode_inputs(input_ids: Array, flat: FlatTargets, supervised: Array) -> byt
 def decode_inputs(data: bytes, flat: FlatTargets, seq_len: int, supervised: Array) -> Array:
     """[L] uint32: the inverse, given the targets with their entries in the same order."""
     positions = len(flat.sizes)
-    values, used = decode_ints(data, positions + seq_len)
+    values, used = decode_ints(data, positions + seq_len, compiled.scratch("inputs"))
     if used != len(data):
         raise FormatError(f"the input ids take {used} bytes of {len(data)}; the file is damaged")
+    input_ids, fast = np.empty(seq_len, np.uint32), compiled.kernels()
+    if fast and fast.inputs(values, flat.ids, flat.sizes, supervised, input_ids):
+        return input_ids
     slots, spelled = values[:positions].astype(np.int64), values[positions:]
     wrong = np.flatnonzero(slots > flat.sizes[: len(slots)])
     if len(wrong):
@@ -240,7 +266,6 @@ def decode_inputs(data: bytes, flat: FlatTargets, seq_len: int, supervised: Arra
     told = _told(slots, supervised) if len(slots) == positions else np.zeros(seq_len, bool)
     if len(slots) < positions or len(spelled) != seq_len - np.count_nonzero(told):
         raise FormatError(f"{len(values)} values do not make {seq_len} input ids; the file is damaged")
-    input_ids = np.empty(seq_len, np.uint32)
     input_ids[~told] = spelled
     input_ids[told] = flat.ids[((np.cumsum(flat.sizes) - flat.sizes) + slots - 1)[slots > 0]]
     return input_ids

@@ -42,6 +42,8 @@ LAYERS: dict[str, set[str]] = {
         "flat",
         "codec_weights",
         "codec_counts",
+        "compiled",
+        "codec_kernels",
         "codec_ints",
         "codec_split",
         "codec_split_weights",

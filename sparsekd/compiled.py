@@ -1,0 +1,65 @@
+"""Whether loops run compiled (`pip install 'sparsekd[fast]'`), and memory that a thread uses again for each row.
+
+    fast = kernels()                    # codec_kernels, or None: numpy does the same, more slowly
+    values = scratch("values")(1000, np.uint32)
+
+Without numba, or with NUMBA_DISABLE_JIT=1, everything works and gives the same arrays, bytes and errors.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+_MOST_KEPT = 2**24  # bytes of one array: what a hostile row asked for is not kept
+_local = threading.local()
+
+
+@cache
+def kernels() -> Any:
+    """The module `codec_kernels`, imported when first asked for (0.5 s; the first time ever, it compiles), or None."""
+    try:
+        from numba import config
+
+        if config.DISABLE_JIT:
+            return None
+        from . import codec_kernels
+    except ImportError:
+        return None
+    return codec_kernels
+
+
+def scratch(name: str) -> Callable[[int, Any], Array]:
+    """`np.empty`, but from memory of this thread that is used again by the next call for the same name.
+
+    What earlier calls left is still in it; memory that was never used is 0.
+    """
+
+    def empty(size: int, dtype: Any) -> Array:
+        kept: Array | None = getattr(_local, name, None)
+        if kept is None or len(kept) < size:
+            kept = np.zeros(size + size // 4, dtype)
+            if kept.nbytes <= _MOST_KEPT:
+                setattr(_local, name, kept)
+        return kept[:size]
+
+    return empty
+
+
+def stamps(size: int, count: int) -> tuple[Array, int]:
+    """A set of numbers below `size` that needs no clearing: [size] uint32 and a `mark` above all that is in it.
+
+    The caller writes mark, mark + 1, ... below mark + count, for `count` sets one after another.
+    """
+    seen, mark = scratch("stamps")(size, np.uint32), getattr(_local, "mark", 1)
+    if mark + count >= 2**32:
+        _local.stamps[:], mark = 0, 1
+    _local.mark = mark + count
+    return seen, mark
