@@ -72,7 +72,7 @@ def decode_ints(data: bytes, most: int, empty: Callable[[int, Any], Array] = np.
     if end > len(data):
         raise FormatError(f"a zstd frame ends at byte {end} of {len(data)}; the file is damaged")
     classes = np.frombuffer(_decompress(data[4:end], min(most, MOST_VALUES)), np.uint8)
-    values, fast = empty(len(classes), np.uint32), compiled.kernels()
+    values, fast = empty(len(classes), np.uint32), compiled.kernels(len(classes))
     used = fast.ints(classes, np.frombuffer(data, np.uint8), end, _FIRST, values) if fast else -1
     return (values, used) if used >= 0 else _fill(values, classes, data, end)
 

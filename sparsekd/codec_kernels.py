@@ -16,7 +16,6 @@ longest position.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -33,12 +32,13 @@ _LONG, _OUT8, _OUT32 = types.int64, types.uint8[::1], types.uint32[::1]
 
 def _compiled(*arguments: Any) -> Callable[[Any], Any]:
     """Compiles for these arguments when this module is imported, and keeps the code on disk: in __pycache__ or, if that
-    is read-only, in the user's cache folder (numba's NUMBA_CACHE_DIR). Where neither works, each process compiles."""
+    is read-only, in the user's cache folder (numba's NUMBA_CACHE_DIR). Where neither works, each process
+    compiles."""
 
     def compile_it(function: Any) -> Any:
         try:
             return numba.njit(arguments, nogil=True, cache=True)(function)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+        except Exception:  # no folder to write to, a full disk, a damaged file: that can raise anything
             return numba.njit(arguments, nogil=True)(function)
 
     return compile_it
@@ -85,7 +85,7 @@ def split(values, positions, rounds, width, starts, seen, mark):
         return False, none, none, no_sizes
     total, filled = 0, 0
     for p in range(positions):
-        total += values[p]
+        total += np.int64(values[p])
         filled += values[p] > 0
     entries = len(values) - positions - total
     if entries < 0:

@@ -1,6 +1,6 @@
 """Whether loops run compiled (`pip install 'sparsekd[fast]'`), and memory that a thread uses again for each row.
 
-    fast = kernels()                    # codec_kernels, or None: numpy does the same, more slowly
+    fast = kernels()          # the module codec_kernels, or None: numpy does the same, more slowly
     values = scratch("values")(1000, np.uint32)
 
 Without numba, or with NUMBA_DISABLE_JIT=1, everything works and gives the same arrays, bytes and errors.
@@ -18,13 +18,24 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
+# About a million tokens with a dozen ids: numpy has read them in half the time that numba takes to start.
+_SOON_ENOUGH = 2**24
 _MOST_KEPT = 2**24  # bytes of one array: what a hostile row asked for is not kept
 _local = threading.local()
+_read = 0
+
+
+def kernels(values: int = 0) -> Any:
+    """The module `codec_kernels`, or None without numba, and until a process has read many values: a short command is
+    not kept waiting for numba. `values`: how many are read now."""
+    global _read
+    _read += values
+    return load() if _read >= _SOON_ENOUGH else None
 
 
 @cache
-def kernels() -> Any:
-    """The module `codec_kernels`, imported when first asked for (0.5 s; the first time ever, it compiles), or None."""
+def load() -> Any:
+    """The module `codec_kernels`, imported now (half a second; the first time ever 4 s, to compile), or None."""
     try:
         from numba import config
 

@@ -57,6 +57,9 @@ def pad_rows(rows: Sequence[FlatTargets], supervised_BP: Array) -> tuple[Array, 
 def _pad_quickly(row: FlatTargets, supervised: Array, ids: Array, weights: Array) -> bool:
     """One row into its place, compiled; False where that is not at hand or finds that they do not fit together."""
     fast = compiled.kernels()
-    return fast is not None and bool(
-        fast.pad(row.ids, row.weights, row.sizes, np.ascontiguousarray(supervised, bool), ids, weights)
-    )
+    if fast is None:
+        return False
+    try:
+        return bool(fast.pad(row.ids, row.weights, row.sizes, np.ascontiguousarray(supervised, bool), ids, weights))
+    except TypeError:  # arrays of other types or strides than a decoder's
+        return False
