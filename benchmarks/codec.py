@@ -1,9 +1,11 @@
 """What a cache of counts costs in each codec, beside the entropy of its data: bytes per token and rates, in one run.
 
-    python benchmarks/codec.py [CACHE] [--rows 0]
+    python benchmarks/codec.py [CACHE] [--rows 0] [--seq-len 0]
 
 Without a cache, a small language model is trained on the standard library's source text (V = 8,192, a few minutes) and
-its draws are taken. Bytes are those of the targets, without input ids, which the first line counts apart.
+its draws are taken. Bytes are those of the targets; "with input" adds the input ids. Decoding is to the flat arrays
+of a row, each let go before the next; "batch" goes on to input ids, ids by rank, and padded arrays. Where the extra
+`fast` is installed, what it compiles has lines of its own.
 
 The floor is that of a model which knows, as empirical frequencies of this very data: how often each partition of N into
 counts occurs, and how often each id does; ids of one count of a position are a set. A position with groups of g_1, g_2,
@@ -20,16 +22,19 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from math import lgamma, log
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sparsekd import compiled
 from sparsekd.cache import CacheReader, RowRecord
 from sparsekd.codec import CODECS, COUNTS, FlatTargets, codec_spec, decode, decode_row, encode, encode_row
 from sparsekd.codec_ints import zstd_version
 from sparsekd.errors import RecipeError
 from sparsekd.id_ranks import id_ranks
+from sparsekd.padded import pad_rows
 
 REPEATS = 5
 
@@ -68,8 +73,8 @@ def floor_bytes(flat: FlatTargets) -> tuple[float, float]:
 # --- codecs ---------------------------------------------------------------------------------------------
 
 
-def measure_codec(name: str, records: list[RowRecord], width: int) -> tuple[float, float, float, float]:
-    """Bytes per position, Mtokens/s encoding and decoding, and bytes per token with input ids."""
+def measure_codec(name: str, records: list[RowRecord], width: int) -> tuple[float, float, float, float, float]:
+    """Bytes per position, Mtokens/s encoding, decoding and to a batch, and bytes per token with input ids."""
     spec = codec_spec(name, logit_width=width, rounds=records[0].targets.rounds)
     ranked = id_ranks([r.targets for r in records], width) if CODECS[name].ranked else None
     ranks, ids, table = (ranked.ranks, ranked.ids, len(ranked.table)) if ranked else (None, None, 0)
@@ -78,12 +83,19 @@ def measure_codec(name: str, records: list[RowRecord], width: int) -> tuple[floa
     sizes = [len(flat.sizes) for flat in flats]
     tokens = sum(sizes)
     encoding = best_seconds(lambda: [encode(flat, spec) for flat in flats])
-    decoding = best_seconds(lambda: [decode(b, n, spec) for b, n in zip(blocks, sizes, strict=True)])
+    decoding = best_seconds(lambda: all(decode(b, n, spec).rounds for b, n in zip(blocks, sizes, strict=True)))
     rows = [encode_row(r.input_ids, r.targets, r.supervised, spec, ranks) for r in records]
     for row, record in zip(rows, records, strict=True):
         _check(decode_row(row, len(record.input_ids), record.supervised, spec, ids), record)
+    batching = best_seconds(lambda: all(_batch(row, r, spec, ids) for row, r in zip(rows, records, strict=True)))
     whole = (sum(map(len, rows)) + table) / sum(len(r.input_ids) for r in records)
-    return (sum(map(len, blocks)) + table) / tokens, tokens / encoding / 1e6, tokens / decoding / 1e6, whole
+    rates = [tokens / seconds / 1e6 for seconds in (encoding, decoding, batching)]
+    return (sum(map(len, blocks)) + table) / tokens, rates[0], rates[1], rates[2], whole
+
+
+def _batch(row: bytes, record: RowRecord, spec: dict, ids: np.ndarray | None) -> bool:
+    _, flat = decode_row(row, len(record.input_ids), record.supervised, spec, ids)
+    return len(pad_rows([flat], record.supervised[None, 1:])) == 2
 
 
 def _renamed(flat: FlatTargets, ranks: np.ndarray) -> FlatTargets:
@@ -145,21 +157,43 @@ def trained_cache(folder: str) -> str:
     return Lab(folder, settings).cache(Arm(label="Random sampling", sampler=draws, codec="raw24", train={}))
 
 
-def report(path: str, most_rows: int) -> None:
+def cut(records: list[RowRecord], seq_len: int) -> list[RowRecord]:
+    """Rows of `seq_len` tokens; a position whose next token is in the next row is left out."""
+    found = []
+    for record in records:
+        owners = np.cumsum(record.supervised[1:]) - 1
+        for begin in range(0, len(record.input_ids) - seq_len + 1, seq_len):
+            inside = slice(begin, begin + seq_len)
+            kept = owners[begin : begin + seq_len - 1][record.supervised[begin + 1 : begin + seq_len]]
+            found.append(
+                RowRecord(
+                    input_ids=record.input_ids[inside],
+                    targets=record.targets.take(kept),
+                    starts=record.starts[inside],
+                    supervised=record.supervised[inside],
+                )
+            )
+    return found
+
+
+def report(path: str, most_rows: int, seq_len: int) -> None:
     with CacheReader(path) as reader:
         width = reader.spec.logit_width
         records = [reader.record(row) for row in range(min(len(reader), most_rows or len(reader)))]
+    records = cut(records, seq_len) if seq_len else records
     flat = FlatTargets.join([record.targets for record in records])
     if flat.rounds is None or flat.importance is not None:
         raise RecipeError(f"{path} holds no counts; give a cache of random_sampling or systematic draws")
     partition, sets = floor_bytes(flat)
     floor, paper = partition + sets, 3 * len(flat.ids) / len(flat.sizes)
     print(
-        f"{path}: {len(records)} rows, {len(flat.sizes):,} positions, V={width}, N={flat.rounds}, "
-        f"{len(flat.ids) / len(flat.sizes):.1f} ids per position; zstd {zstd_version()}, one thread"
+        f"{path}: {len(records)} rows of {len(records[0].input_ids)}, {len(flat.sizes):,} positions, "
+        f"V={width}, N={flat.rounds}, {len(flat.ids) / len(flat.sizes):.1f} ids per position; "
+        f"zstd {zstd_version()}, one thread"
     )
     print(
-        f"{'':<26}{'bytes/token':>12}{'/ floor':>9}{'/ paper':>9}{'enc Mtok/s':>12}{'dec Mtok/s':>12}{'with input':>12}"
+        f"{'':<26}{'bytes/token':>12}{'/ floor':>9}{'/ paper':>9}{'enc Mtok/s':>12}{'dec Mtok/s':>12}{'batch Mt/s':>12}"
+        f"{'with input':>12}"
     )
 
     def line(name: str, size: float, *rates: float) -> None:
@@ -170,7 +204,11 @@ def report(path: str, most_rows: int) -> None:
     line("the paper's 24-bit pairs", paper)
     for name in [name for name, codec in CODECS.items() if codec.holds == COUNTS]:
         try:
-            line(name, *measure_codec(name, records, width))
+            with patch.object(compiled, "kernels", lambda values=0: None):
+                line(name, *measure_codec(name, records, width))
+            if compiled.load():
+                with patch.object(compiled, "kernels", lambda values=0: compiled.load()):
+                    line(f"{name}, compiled", *measure_codec(name, records, width))
         except RecipeError as error:
             print(f"{name:<26}{str(error).partition(';')[0]}")
     line("Parquet lists + zstd-3", *measure_parquet(records, row_groups=False))
@@ -181,12 +219,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cache", nargs="?")
     parser.add_argument("--rows", type=int, default=0, help="at most so many rows (0: all)")
+    parser.add_argument("--seq-len", type=int, default=0, help="cut rows to this length (0: as they are)")
     options = parser.parse_args()
     if options.cache:
-        report(options.cache, options.rows)
+        report(options.cache, options.rows, options.seq_len)
         return
     with tempfile.TemporaryDirectory() as folder:
-        report(trained_cache(folder), options.rows)
+        report(trained_cache(folder), options.rows, options.seq_len)
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def split(values, positions, rounds, width, starts, seen, mark):
             starts[at + many] = 1
             top += 1
             rest += many - 1
-        if left < 0 or at + many + left > entries:
+        if left < 0:
             return False, none, none, no_sizes
         starts[at] = 3  # of a run, and of a position
         sizes[p] = many + left

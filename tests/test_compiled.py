@@ -14,6 +14,7 @@ from test_codec_split import a_row, draws, spec_of
 from sparsekd import compiled
 from sparsekd.codec import FlatTargets, decode, decode_row, encode, encode_row
 from sparsekd.codec_ints import _FIRST, MOST_VALUE, decode_ints, encode_ints
+from sparsekd.codec_split import decode_inputs
 from sparsekd.errors import FormatError
 from sparsekd.id_ranks import id_ranks
 from sparsekd.padded import pad_rows
@@ -129,6 +130,30 @@ def test_flipped_bits_and_truncations_end_alike():
         assert numpy == fast
 
 
+def hostile_slots(count):
+    """(slots and spelled ids, sizes, supervised): more or fewer than fit, entries that are there and that are not."""
+    rng = np.random.default_rng(2)
+    for _ in range(count):
+        supervised = rng.random(rng.integers(1, 9)) < 0.7
+        sizes = rng.integers(1, 4, int(supervised[1:].sum()))
+        length = len(supervised) + int(rng.integers(-1, 2))
+        slots = rng.integers(0, sizes + 1 + (rng.random(len(sizes)) < 0.1))
+        spelled = rng.integers(30, size=max(0, length - int((slots > 0).sum())))
+        yield np.concatenate([slots, spelled])[: max(length, len(slots))], sizes, supervised
+
+
+def test_hostile_slots_are_refused_in_the_same_words():
+    """A row whose input ids are too many, too few, or entries that are not there."""
+    taken = 0
+    for values, sizes, supervised in hostile_slots(600):
+        ids = np.arange(sizes.sum(), dtype=np.uint32)
+        flat = FlatTargets(ids=ids, values=ids, sizes=sizes, rounds=1)
+        numpy, fast = both_ways(decode_inputs, encode_ints([values]), flat, len(supervised), supervised)
+        assert numpy == fast
+        taken += not isinstance(fast, str)
+    assert 100 < taken < 500, "both kinds are there"
+
+
 def test_counts_whose_sum_would_wrap_around_are_refused():
     """2^22 steps of a million each: the sum of such counts has 64 bits."""
     many = 2**22
@@ -196,17 +221,16 @@ def test_no_hostile_list_leads_out_of_bounds():
             list_T, size = guarded(values, np.uint32), len(values)
             starts, seen = guarded(np.zeros(size + 1), np.uint8), guarded(np.zeros(30), np.uint32)
             fast.split.py_func(list_T, positions, 7, 30, starts, seen, 1)
-            sizes = rng.integers(0, 4, positions)
-            ids = guarded(rng.integers(0, 30, max(0, int(sizes.sum()) + int(rng.integers(-1, 2)))), np.uint32)
-            supervised = guarded(rng.random(rng.integers(1, 9)) < 0.7, bool)
-            tokens = guarded(np.zeros(len(supervised)), np.uint32)
-            fast.inputs.py_func(list_T, ids, guarded(sizes, np.int64), supervised, tokens)
-            fast.renumber.py_func(guarded(range(29), np.uint32), ids)
-            room = [guarded(np.zeros((len(supervised), 2)), dtype) for dtype in (np.int64, np.float32)]
-            fast.pad.py_func(ids, guarded(ids, np.float32), guarded(sizes, np.int64), supervised, *room)
             classes, data = guarded(values % 256, np.uint8), guarded(rng.integers(0, 256, size), np.uint8)
             end = int(rng.integers(-1, size + 2))
             fast.ints.py_func(classes, data, end, guarded(_FIRST, np.uint32), guarded(values, np.uint32))
+        for values, sizes, supervised in hostile_slots(400):
+            ids = guarded(rng.integers(0, 30, max(0, int(sizes.sum()) + int(rng.integers(-1, 2)))), np.uint32)
+            supervised, tokens = guarded(supervised, bool), guarded(np.zeros(len(supervised)), np.uint32)
+            fast.inputs.py_func(guarded(values, np.uint32), ids, guarded(sizes, np.int64), supervised, tokens)
+            fast.renumber.py_func(guarded(range(29), np.uint32), ids)
+            room = [guarded(np.zeros((len(supervised), 2)), dtype) for dtype in (np.int64, np.float32)]
+            fast.pad.py_func(ids, guarded(ids, np.float32), guarded(sizes, np.int64), supervised, *room)
 
 
 # --- memory used again, threads, and numba's absence --------------------------------------------------------
