@@ -60,7 +60,7 @@ def capture(
     teacher: str,
     out: str | Path,
     split: str = "train",
-    sampler: str | dict[str, Any] = "random_sampling",
+    sampler: str | dict[str, Any] = "systematic",
     codec: str | None = None,
     seed: int = 0,
     batch_size: int = 8,
@@ -85,7 +85,7 @@ def capture(
         out: the folder that takes the cache.
         sampler: a name of `SAMPLERS`, or {"name": ..., parameters}; random_sampling takes 50 rounds by default. On
             the command line: sampler=top_k sampler.k=12. For students of other vocabularies: sorted_curve (ULD, ALM).
-        codec: a name of `codec.CODECS`; default: the smallest lossless one that fits.
+        codec: a name of `codec.CODECS`; default: the smallest lossless one that fits (split; the paper's: raw24).
         seed: of the draws.
         batch_size: rows that pass the teacher together; part of the cache's identity.
         shard_rows: rows of a shard, the unit of resume; default: at most 4M tokens, and 16 shards of a small cache.
@@ -177,7 +177,7 @@ def _is_unbiased(name: str, parameters: dict[str, Any]) -> bool:
 def _sampler(sampler: str | dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """A sampler's name and all of its parameters, checked."""
     settings = {"name": sampler} if isinstance(sampler, str) else dict(sampler)
-    name = settings.pop("name", "random_sampling")
+    name = settings.pop("name", "systematic")
     defaults = sampler_parameters(name) if isinstance(name, str) and name in SAMPLERS | SKETCHES else {}
     for key in settings.keys() & defaults.keys():
         kind, value = type(defaults[key]), settings[key]

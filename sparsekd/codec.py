@@ -147,12 +147,12 @@ def default_codec(
     normalize: bool = True,
     edges: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """The smallest codec that keeps counts exactly (`rounds` set; with log-probabilities unless `temperature` is 1),
-    or weights to 0.034 %, or sorted curves (`edges` set)."""
+    """The smallest codec that keeps counts exactly: `split`, or with log-probabilities where `temperature` is not 1;
+    for weights prob40, to 0.034 %; for sorted curves (`edges` set) curve8."""
     name = "prob40" if edges is None else "curve8"
     if rounds is not None:
-        small, large = ("raw24", "raw40") if temperature == 1 else ("ratio32", "ratio48")
-        name = small if rounds <= 64 and logit_width <= 2**18 else large
+        small = rounds <= 64 and logit_width <= 2**18
+        name = "split" if temperature == 1 else "ratio32" if small else "ratio48"
     weighing = {"temperature": temperature, "normalize": normalize, "edges": edges}
     return codec_spec(name, logit_width=logit_width, rounds=rounds, **weighing)  # type: ignore[arg-type]
 

@@ -28,7 +28,7 @@ from sparsekd.cache import (
     check_alignment,
     verify,
 )
-from sparsekd.codec import FlatTargets, default_codec
+from sparsekd.codec import FlatTargets, codec_spec
 from sparsekd.errors import FormatError, IncompleteError, MismatchError, RecipeError, StorageError
 from sparsekd.manifest import MANIFEST, shard_name
 
@@ -41,7 +41,7 @@ def make_spec(**changes):
         "seq_len": SEQ_LEN,
         "shard_rows": 2,
         "logit_width": VOCAB,
-        "codec": default_codec(ROUNDS, VOCAB),
+        "codec": codec_spec("raw24", rounds=ROUNDS, logit_width=VOCAB),
         "sampler": {"name": "random_sampling", "rounds": ROUNDS, "temperature": 1.0, "seed": 0},
         "teacher": {"id": "tiny"},
         "tokenizer": {"hash": "abc"},
@@ -458,7 +458,7 @@ def test_targets_shifted_by_one_are_refused(tmp_path, shift, where):
 
 def test_an_untrained_teacher_is_no_alarm(tmp_path):
     """Tied embeddings favour the token just read: in 4 of 10 sets here, but with one draw of fifty."""
-    spec = make_spec(rows=40, codec=default_codec(50, VOCAB))
+    spec = make_spec(rows=40, codec=codec_spec("raw24", rounds=50, logit_width=VOCAB))
 
     def record(row):
         plain = make_record(row)

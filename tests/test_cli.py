@@ -118,7 +118,10 @@ REFUSALS = [
     (f"{CAPTURE} out={{mess}}", "mess is not empty and holds no cache but notes.txt; give another out=FOLDER"),
     (f"{CAPTURE} out={{rows}}", "is not empty and holds no cache but heldout_ids.npy"),
     (f"{CAPTURE} out=s3://bucket/cache", "a cache is written to a local folder, not to s3://bucket/cache"),
-    (f"{CAPTURE} out={{cache}} shard_rows=40 sampler.rounds=21", "=20, this capture has sampler.rounds=21"),
+    (
+        f"{CAPTURE} out={{cache}} shard_rows=40 sampler=random_sampling sampler.rounds=21",
+        "=20, this capture has sampler.rounds=21",
+    ),
     # rows and teachers
     ("capture", "capture needs rows=...; sparsekd capture --settings lists all"),
     (f"{CAPTURE} rows={{home}}/none", "none does not exist; make packed rows with `sparsekd pack`"),
@@ -132,12 +135,12 @@ REFUSALS = [
     (f"{CAPTURE} sampler=topk", "unknown sampler 'topk'; there are random_sampling, systematic, top_k"),
     (f"{CAPTURE} sampler.rouns=3", "has no parameter 'rouns'; it has: rounds"),
     (f"{CAPTURE} sampler.rounds=0", "sampler.rounds=0 is out of range: 1 to"),
-    (f"{CAPTURE} sampler.rounds=many", "sampler.rounds='many' is not a whole number; its default is 50"),
+    (f"{CAPTURE} sampler.rounds=many", "sampler.rounds='many' is not a whole number; its default is 30"),
     (f"{CAPTURE} sampler.rounds=1.5", "sampler.rounds=1.5 is not a whole number"),
     (f"{CAPTURE} sampler.rounds=true", "sampler.rounds=True is not a whole number"),
     (f"{CAPTURE} codec=zip", "codec='zip' is unknown; there are raw24"),
     (f"{CAPTURE} sampler=top_k codec=raw24", "holds counts, sampler top_k with these parameters gives weights; take"),
-    (f"{CAPTURE} codec=prob24", "holds weights, sampler random_sampling with these parameters gives counts; take raw"),
+    (f"{CAPTURE} codec=prob24", "holds weights, sampler systematic with these parameters gives counts; take raw"),
     (f"{CAPTURE} sampler.rounds=2000 codec=raw24", "codec raw24 holds 1 to 64 rounds, but rounds=2000"),
     (f"{CAPTURE} dtype=fp8", "dtype='fp8' is not one of float32, bfloat16, float16"),
     (f"{CAPTURE} device=banana", "device='banana' is not one of cpu, cuda, cuda:N"),
@@ -278,7 +281,7 @@ def test_an_interrupt_says_that_work_is_kept(shell, zoo, monkeypatch):
             raise KeyboardInterrupt
         return real(*args)
 
-    line = f"{CAPTURE} shard_rows=40 batch_size=8 sampler.rounds=20 threads=1"
+    line = f"{CAPTURE} shard_rows=40 batch_size=8 sampler=random_sampling sampler.rounds=20 threads=1"
     monkeypatch.setattr(capture_module.Teacher, "draw", interrupted)
     code, _, err = shell(line, **zoo)
     assert code == 130
@@ -318,7 +321,7 @@ def test_the_whole_way_by_command_line(shell, zoo, tmp_path):
 
 def test_a_partial_capture_says_so(shell, zoo):
     """A worker's share is made; the cache is complete when the others are."""
-    line = f"{CAPTURE} shard_rows=40 sampler.rounds=20"
+    line = f"{CAPTURE} shard_rows=40 sampler=random_sampling sampler.rounds=20"
     assert "others are still missing" in shell(f"{line} --shard-range 0:2", **zoo)[1]
     assert "bytes per token in 8 shards" in shell(f"{line} --shard-range 2:8", **zoo)[1]
 

@@ -482,16 +482,14 @@ def test_a_position_that_would_blow_up_the_padding_is_refused():
 @pytest.mark.parametrize(
     ("rounds", "width", "name"),
     [
-        (50, 32_000, "raw24"),
-        (64, 2**18, "raw24"),
-        (65, 32_000, "raw40"),
-        (50, 2**18 + 1, "raw40"),
-        (4096, 2**20, "raw40"),
+        (1, 2, "split"),
+        (50, 32_000, "split"),
+        (4096, 2**20, "split"),
         (None, 2**20, "prob40"),
     ],
 )
 def test_the_default_codec_is_the_smallest_that_fits(rounds, width, name):
-    """raw24 where it fits, raw40 for other counts, prob40 for weights."""
+    """split for counts of any number of rounds, prob40 for weights."""
     assert default_codec(rounds, width)["name"] == name
 
 

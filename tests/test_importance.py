@@ -92,7 +92,7 @@ def test_a_reader_in_a_worker_keeps_its_weighting(cache):
 def test_a_cache_with_one_weighting_refuses_the_choice(world, tmp_path):
     """Counts of draws from p have no other weighting; reader and train say so."""
     for normalize in (True, False):
-        with pytest.raises(RecipeError, match=r"\(codec raw24\) has one only"):
+        with pytest.raises(RecipeError, match=r"\(codec split\) has one only"):
             skd.CacheReader(world.cache, normalize=normalize)
     with pytest.raises(RecipeError, match=r"normalize=false .* sampler\.temperature"):
         train(out=tmp_path / "s", cache=world.cache, student=TINY, normalize=False, device="cpu")
@@ -130,8 +130,8 @@ def test_a_uniform_proposal_runs_end_to_end(world, tmp_path, normalize):
 
 @pytest.mark.parametrize("rounds", [200, 1000])
 def test_more_than_128_rounds_keep_their_counts(world, tmp_path, rounds):
-    """N beyond the paper's 7 bits: counts sum to N exactly, plain (raw40) and with ratios (ratio48)."""
-    for temperature, codec in ((1.0, "raw40"), (0.9, "ratio48")):
+    """N beyond the paper's 7 bits: counts sum to N exactly, plain (split) and with ratios (ratio48)."""
+    for temperature, codec in ((1.0, "split"), (0.9, "ratio48")):
         sampler = {"name": "random_sampling", "rounds": rounds, "temperature": temperature}
         reader = skd.CacheReader(run(world, tmp_path / codec, sampler, limit_rows=8))
         assert reader.spec.codec["name"] == codec
