@@ -76,7 +76,7 @@ def transcode(
         out: the folder that takes the new cache.
         unresolved: what becomes of a draw that more text might make a longer token: point (the token as it stands) or
             drop (left out, the position's other draws take its weight) or set (all tokens that begin with its bytes:
-            `train` then takes the loss of prefix_sets).
+            `train` then takes the loss of prefix_sets; give it ce_weight=0.5, for labels tell sets' tokens apart).
         chain: how many positions a realised draw is followed to resolve it.
         seq_len: tokens of a new row; default: the longest of some rows, so that next to nothing is cut.
         workers: processes.
