@@ -80,9 +80,9 @@ def compare(methods: Sequence[dict[str, Any]], notes: list[str]) -> None:
 
 
 def leading(methods: Sequence[Method]) -> Method | None:
-    """The method a verdict is about: the first evaluated random sampling, else another sparse method."""
+    """The method a verdict is about: systematic or random sampling, the first evaluated, else another sparse method."""
     measured = [m for m in methods if m["loss"]]
-    return next((m for role in ("rs", "other", "topk") for m in measured if m["role"] == role), None)
+    return next((m for role in ("systematic", "rs", "other", "topk") for m in measured if m["role"] == role), None)
 
 
 def comparisons(methods: Sequence[Method]) -> list[dict[str, Any]]:

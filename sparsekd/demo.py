@@ -22,7 +22,8 @@ from sparsekd.errors import MismatchError, RecipeError
 from sparsekd.files import write_json
 from sparsekd.lab import Arm, Lab, LabSettings
 
-# The paper's own codes, 24 bits a label: ratio-coded probabilities for top-k, exact counts for random sampling.
+# The paper's two with its own codes, 24 bits a label: ratio-coded probabilities for top-k, exact counts for random
+# sampling. Beside them our default.
 METHODS: dict[str, Arm] = {
     "ce": Arm(name="ce", label="Cross-entropy", train={"method": "ce"}),
     "topk": Arm(name="topk", label="Top-K 12", sampler={"name": "top_k", "k": 12}, codec="prob24"),
@@ -31,6 +32,12 @@ METHODS: dict[str, Arm] = {
         label="Random sampling N=50",
         sampler={"name": "random_sampling", "rounds": 50},
         codec="raw24",
+    ),
+    "systematic": Arm(
+        name="systematic",
+        label="Systematic N=30",
+        sampler={"name": "systematic", "rounds": 30},
+        codec="split",
     ),
     "full_kd": Arm(name="full_kd", label="Full KD (online teacher)", train={"method": "full_kd"}),
 }

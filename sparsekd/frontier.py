@@ -11,8 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sparsekd.cache import CacheReader
-from sparsekd.codec import codec_spec, encode_row
+from sparsekd.cache import CacheReader, RowRecord
+from sparsekd.codec import codec_spec
+from sparsekd.folder import coded_bytes
 from sparsekd.gradients import gradient_geometry
 from sparsekd.lab import SETTINGS, Arm, Lab
 from sparsekd.reproduction import Cell, Column, Finding, Reproduction, Result, Settings, Table, over
@@ -106,16 +107,19 @@ def _stored(arm: Arm) -> str:
 
 
 def _bytes_per_token(lab: Lab, arm: Arm, codec: str) -> float:
-    """Of a row's block (input ids and targets) when the arm's targets are stored by that codec."""
+    """Of a shard's rows, input ids and targets, when the arm's targets are stored by that codec."""
     with CacheReader(lab.cache(arm)) as reader:
         rounds = reader.spec.codec.get("rounds")
+        records = [_record(reader, row) for row in range(min(len(reader), 512))]
         spec = codec_spec(codec, logit_width=reader.spec.logit_width, rounds=rounds)
-        rows = range(0, len(reader), max(1, len(reader) // 256))
-        size = 0
-        for index in rows:
-            row = reader[index]
-            size += len(encode_row(row.input_ids, reader.flat(index), row.supervised, spec))
-        return size / (len(rows) * reader.spec.seq_len)
+        return coded_bytes(records, reader.spec, spec) / (len(records) * reader.spec.seq_len)
+
+
+def _record(reader: CacheReader, row: int) -> RowRecord:
+    found = reader[row]
+    return RowRecord(
+        input_ids=found.input_ids, targets=reader.flat(row), starts=found.starts, supervised=found.supervised
+    )
 
 
 def _size(sizes: Mapping[str, float], name: str) -> Cell | None:
@@ -161,7 +165,7 @@ def plot_frontier(result: Result) -> Any:
     """Share of the gap closed (above) and the gradient's angle (below) against bytes per token."""
     from sparsekd import plots
 
-    data, paint = result.data, {"Top-K": "topk", "Random sampling": "rs", "Systematic": "full-kd"}
+    data, paint = result.data, {"Top-K": "topk", "Random sampling": "rs", "Systematic": "extra-1"}
     with plots.canvas(820, 640, left=76, right=24, bottom=356, top=20) as (figure, upper):
         lower = figure.add_axes((76 / 820, 56 / 640, 720 / 820, 260 / 640))
         for line, arms in LINES.items():

@@ -261,7 +261,7 @@ def _write(out: Path, result: dict[str, Any], split: str, plot: bool) -> None:
 
 def plan_figure(result: Mapping[str, Any]) -> Any:
     """Angle against bytes per token, a line for each sampler."""
-    paint = {"random_sampling": "rs", "systematic": "full-kd", "top_k": "topk"}
+    paint = {"random_sampling": "rs", "systematic": "extra-1", "top_k": "topk"}
     value = "angle" if result["options"][0]["angle"] is not None else "squared_error"
     with plots.canvas(760, 360, left=64, right=24, bottom=46, top=32) as (figure, axes):
         for name, colour in paint.items():

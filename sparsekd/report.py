@@ -96,8 +96,9 @@ def _method(root: Path, spec: Mapping[str, Any], run: Mapping[str, Any], notes: 
 
 
 def role(name: str) -> str:
-    """What a method is, by its name's beginning: ce, full_kd, rs (random sampling), topk or other."""
+    """What a method is, by its name's beginning: ce, full_kd, systematic, rs (random sampling), topk or other."""
     prefixes = {"ce": "ce", "full": "full_kd", "rs": "rs", "random": "rs", "topk": "topk", "top_k": "topk"}
+    prefixes["systematic"] = "systematic"
     return next((kind for prefix, kind in prefixes.items() if name.startswith(prefix)), "other")
 
 
