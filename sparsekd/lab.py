@@ -230,9 +230,21 @@ class Lab:
         return str(path)
 
     def run(
-        self, arms: Iterable[Arm], *, teacher: str | None = None, caches: dict[str, str] | None = None
+        self,
+        arms: Iterable[Arm],
+        *,
+        teacher: str | None = None,
+        caches: dict[str, str] | None = None,
+        exam: dict[str, Any] | None = None,
     ) -> list[Outcome]:
-        """Train and evaluate every arm at every seed; `caches` gives an arm (by label) a cache of its own."""
+        """Train and evaluate every arm at every seed.
+
+        Args:
+            teacher: instead of the lab's.
+            caches: gives an arm (by label) a cache of its own.
+            exam: what `evaluate` judges students on (rows, split, teacher, limit_rows), where it is not the lab's
+                held-out rows beside its teacher.
+        """
         arms, seeds = list(arms), self.settings.seeds
         paths = {a.label: (caches or {}).get(a.label) or self.cache(a, teacher=teacher) for a in arms}
         jobs = [(a, seed) for seed in seeds for a in arms]
@@ -241,7 +253,7 @@ class Lab:
             folder = self._student(arm, seed, paths[arm.label])
             if not (folder / "evaluation.json").exists():
                 todo[folder] = (arm, seed, paths[arm.label])
-        self._train([(str(folder), *job) for folder, job in todo.items()], teacher)
+        self._train([(str(folder), *job) for folder, job in todo.items()], teacher, exam)
         return [self._outcome(arm, paths[arm.label]) for arm in arms]
 
     def student_folder(self, arm: Arm, seed: int) -> Path:
@@ -257,18 +269,21 @@ class Lab:
         """A path in the lab without the lab's own, so that a lab can be moved."""
         return str(Path(path).relative_to(self.folder)) if Path(path).is_relative_to(self.folder) else path
 
-    def _train(self, jobs: Sequence[tuple[str, Arm, int, str]], teacher: str | None) -> None:
+    def _train(
+        self, jobs: Sequence[tuple[str, Arm, int, str]], teacher: str | None, exam: dict[str, Any] | None
+    ) -> None:
         """Students side by side, one CPU thread each; on an accelerator one after another."""
         if not jobs:
             return
         models = (self.rows(), teacher or self.teacher())
+        exam = exam or {"rows": models[0], "teacher": models[1], "limit_rows": self.settings.eval_rows}
         workers = max(1, min(os.cpu_count() or 1, len(jobs))) if self.settings.device in (None, "cpu") else 1
         self.say(f"  lab: training {len(jobs)} students")
         from sparsekd.models import one_thread
 
         pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=one_thread)
         try:
-            futures = {pool.submit(_train_one, self.settings, models, job): job for job in jobs}
+            futures = {pool.submit(_train_one, self.settings, models, exam, job): job for job in jobs}
             for done, future in enumerate(as_completed(futures), start=1):
                 _, arm, seed, _ = futures[future]
                 self.say(f"    {done:>3}/{len(jobs)}  {arm.label:<28} seed {seed}  loss {future.result():.3f}")
@@ -299,7 +314,7 @@ def write_stats(cache: Path) -> None:
         write_json(cache / "stats.json", cache_stats(reader))
 
 
-def _train_one(s: LabSettings, models: tuple[str, str], job: tuple[str, Arm, int, str]) -> float:
+def _train_one(s: LabSettings, models: tuple[str, str], exam: dict[str, Any], job: tuple[str, Arm, int, str]) -> float:
     """One student trained and evaluated, in a process of the pool; a run that diverges is recorded as infinite loss."""
     from sparsekd.evaluate import evaluate
     from sparsekd.vocab import quiet_transformers
@@ -309,7 +324,7 @@ def _train_one(s: LabSettings, models: tuple[str, str], job: tuple[str, Arm, int
     method = arm.train.get("method", "cached")
     try:
         _train_student(s, rows, teacher, out, arm, seed, cache, method)
-        result = evaluate(model=out, rows=rows, teacher=teacher, batch_size=32, limit_rows=s.eval_rows, device=s.device)
+        result = evaluate(model=out, batch_size=32, device=s.device, **exam)
     except ModelError as error:  # what the paper writes as an infinite loss
         result = {"diverged": str(error), "loss": {"mean": None, "standard_error": None}}
         write_json(Path(out) / "metrics.json", {"diverged": str(error)})

@@ -14,6 +14,7 @@ from typing import Any
 
 from sparsekd import __version__, plots
 from sparsekd.calibration import FIG_3
+from sparsekd.crosstok import CROSSTOK
 from sparsekd.errors import MismatchError, RecipeError
 from sparsekd.files import write_atomically
 from sparsekd.frontier import FRONTIER
@@ -46,6 +47,7 @@ REPRODUCTIONS: dict[str, Reproduction] = {
     "table12": TABLES["table12"],
     "table13": TEACHER_TABLES["table13"],
     "frontier": FRONTIER,
+    "crosstok": CROSSTOK,
     "laws": LAWS_OF_APPENDIX_A,
     "quantisation": MEASURES["quantisation"],
 }

@@ -26,6 +26,12 @@ COLUMNS = (
     Column(name="acceptance", unit="%", form=".1f"),
 )
 Outcomes = Mapping[str, Outcome]
+# What a claim may be about: unit, and evaluation.json -> value.
+METRICS: dict[str, tuple[str, Callable[[Any], float]]] = {
+    "loss": ("nats", lambda e: float(e["loss"]["mean"])),
+    "ece": ("points of ECE", lambda e: 100 * float(e["ece"])),
+    "bits": ("bits per byte", lambda e: float(e["bits_per_byte"])),
+}
 
 
 def top(k: int, label: str | None = None, **train: Any) -> Arm:
@@ -41,7 +47,7 @@ def drawn(rounds: int, label: str | None = None, **train: Any) -> Arm:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Claim:
-    """ "`better` ends below `worse` in held-out loss", or with `metric`, in another measure."""
+    """ "`better` ends below `worse` in held-out loss", or with `metric`, in another of `METRICS`."""
 
     better: str
     worse: str
@@ -114,7 +120,7 @@ def judge(outcomes: Outcomes, claim: Claim) -> Finding:
     assert found is not None
     error = found.standard_error
     half = math.inf if error is None else error * t975(len(differences) - 1)
-    unit = "points of ECE" if claim.metric == "ece" else "nats"
+    unit = METRICS[claim.metric][0]
     sure = "beyond" if abs(found.mean) > half else "within"
     text = (
         f"{claim.better} against {claim.worse}: {abs(found.mean):.3f} {unit} "
@@ -129,7 +135,7 @@ def judge(outcomes: Outcomes, claim: Claim) -> Finding:
 
 
 def _values(outcome: Outcome, metric: str) -> list[float]:
-    return outcome.losses() if metric == "loss" else [100 * e["ece"] for e in outcome.evaluations]
+    return [METRICS[metric][1](evaluation) for evaluation in outcome.evaluations]
 
 
 def language_table(

@@ -85,7 +85,7 @@ def _packed(lab: Lab, out: Path, seed: int, seq_len: int) -> str:
     """The lab's training documents as text, packed again with another seed or length; none is held out."""
     source = out.parent / "documents.jsonl"
     if not source.exists():
-        _write_documents(texts_of(lab.rows(), limit_rows=lab.settings.student_steps * lab.settings.batch_size), source)
+        write_documents(texts_of(lab.rows(), limit_rows=lab.settings.student_steps * lab.settings.batch_size), source)
     return _pack(lab, source, out, seed=seed, seq_len=seq_len, heldout=0.0)
 
 
@@ -110,7 +110,7 @@ def texts_of(rows: str, split: str = "train", limit_rows: int | None = None) -> 
         yield tokenizer.decode(document.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def _write_documents(texts: Iterable[str], path: Path) -> None:
+def write_documents(texts: Iterable[str], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
 
@@ -211,7 +211,7 @@ def other_teacher(lab: Lab) -> str:
     if (out / "metrics.json").exists():
         return str(out)
     if not source.exists():
-        _write_documents(_other_texts(set(texts_of(lab.rows(), "heldout"))), source)
+        write_documents(_other_texts(set(texts_of(lab.rows(), "heldout"))), source)
     rows = _pack(lab, source, home / "rows", seq_len=lab.seq_len())
     lab.say(f"  lab: training a teacher on other text, {s.teacher_steps} steps")
     train(

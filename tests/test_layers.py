@@ -117,6 +117,7 @@ LAYERS: dict[str, set[str]] = {
         "zero_shot",
         "teacher_tables",
         "frontier",
+        "crosstok",
         "calibration",
         "unique_tokens",
         "measures",
@@ -154,7 +155,9 @@ PROGRAMS_TOGETHER = {
     "calibration": {"lab", "tables", "reproduction", "plots"},
     "teacher_tables": {"lab", "tables", "reproduction", "misalign", "evaluate", "adapt", "train"},
     "frontier": {"gradients", "lab", "tables", "reproduction", "plots"},
+    "crosstok": {"capture", "lab", "plots", "reproduction", "tables", "teacher_tables", "transcode"},
     "reproduce": {
+        "crosstok",
         "frontier",
         "plots",
         "reproduction",

@@ -1,0 +1,290 @@
+"""Students with another tokenizer than their teacher's: every method on the same text, judged in bits per byte.
+
+The student's tokenizer is trained on the teacher's text with half as many tokens again, so that its tokens are often
+longer than the teacher's. All arms read the same rows of text in the same order; the ceiling is the same cache, learnt
+by a student with the teacher's own tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sparsekd.files import write_json
+from sparsekd.lab import SETTINGS, Arm, Lab
+from sparsekd.reproduction import Cell, Column, Finding, Reproduction, Result, Settings, Table, over
+from sparsekd.tables import METRICS, USES, Claim, Outcomes, drawn, judge, lab_of, scale_of
+from sparsekd.teacher_tables import texts_of, write_documents
+
+# The student's vocabulary over the teacher's.
+VOCABULARY = 1.5
+# What the teacher's own text goes on from: this share of each row of real text.
+PROMPT = 0.25
+GOAL = 70.0  # % of the way from CE to the ceiling that transcoded sets are to close
+DRAWS = drawn(50)
+CURVES = Arm(label="Sorted curves", sampler={"name": "sorted_curve"})
+
+CE, CEILING, CE_THEIRS = "CE", "KD, teacher's tokenizer", "CE, teacher's tokenizer"
+TEXT, POINT, SETS = "CE on the teacher's text", "Transcoded, point", "Transcoded, sets"
+# Labels of the arms that learn from sorted curves, and what they are trained with.
+CROSS: dict[str, dict[str, Any]] = {
+    "ULD by index, λ = 1.5": {"method": "uld", "align": "index", "kd_weight": 1.5},
+    "ULD by bytes, λ = 1.5": {"method": "uld", "align": "bytes", "kd_weight": 1.5},
+    "ULD by bytes, λ = 0.5": {"method": "uld", "align": "bytes", "kd_weight": 0.5},
+    "ALM": {"method": "alm"},
+}
+LABELS = (CE, TEXT, *CROSS, POINT, SETS, CE_THEIRS, CEILING)
+CLAIMS = tuple(Claim(better=SETS, worse=each, metric="bits") for each in (CE, TEXT, *CROSS, POINT))
+COLUMNS = (
+    Column(name="LM loss", unit="nats/token", form=".3f"),
+    Column(name="bits per byte", form=".3f"),
+    Column(name="CE to ceiling", unit="%", form=".0f"),
+    Column(name="of KD's own gain", unit="%", form=".0f"),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class World:
+    """The teacher's knowledge in both vocabularies, and held-out text in both.
+
+    Attributes:
+        tokenizer: the student's, a folder.
+        seq_len: of the student's rows, which hold the text of the teacher's.
+        caches: by arm's label.
+        exams: held-out text in the student's and the teacher's tokens, for `evaluate`.
+        survey: what transcoding cost.
+    """
+
+    tokenizer: str
+    seq_len: int
+    caches: Mapping[str, str]
+    exams: tuple[dict[str, Any], dict[str, Any]]
+    survey: Mapping[str, Any]
+
+
+def crosstok(folder: Path, settings: Settings) -> Result:
+    """Train every arm and judge it on the same held-out text."""
+    lab = _lab(folder, settings)
+    world = make_world(lab)
+    outcomes = run_arms(lab, world)
+    bits = {name: None if o.diverged() else _bits(outcomes, name) for name, o in outcomes.items()}
+    return Result(
+        ours=Table(columns=COLUMNS, rows={name: cells(outcomes, name) for name in LABELS}),
+        scale=scale_of(lab, "tokens shared by teacher and student; another tokenizer is its poster's future work")
+        + f" The student's tokenizer has {world.survey['vocab_size']:,} entries and makes "
+        f"{world.survey['tokens_per_teacher_token']:.2f} tokens of one of the teacher's.",
+        findings=(_goal(outcomes), *(judge(outcomes, claim) for claim in CLAIMS), _cost(world.survey)),
+        data={"bits": bits},
+    )
+
+
+def _lab(folder: Path, settings: Settings) -> Lab:
+    """Students in a folder of their own (they sit another exam), over the rows and the teacher of the other tables."""
+    shared = lab_of(folder, settings)
+    sizes = replace(SETTINGS[settings.profile], seeds=tuple(range(settings.seeds)))
+    home = folder.parent / "crosstok-lab"
+    return Lab(home, sizes, rows=shared.rows(), teacher=shared.teacher(), say=settings.say)
+
+
+def run_arms(lab: Lab, world: World) -> Outcomes:
+    """Outcomes by label."""
+    reads = {"tokenizer": world.tokenizer, "max_length": world.seq_len}
+    theirs = [Arm(label=CE_THEIRS, train={"method": "ce"}), replace(DRAWS, label=CEILING)]
+    own = [
+        *(Arm(label=label, train={"method": "ce"}) for label in (CE, TEXT)),
+        *(Arm(label=label, train=how | reads) for label, how in CROSS.items()),
+        *(Arm(label=label) for label in (POINT, SETS)),
+    ]
+    found = [lab.run(own, caches=dict(world.caches), exam=world.exams[0])]
+    found.append(lab.run(theirs, caches=dict(world.caches), exam=world.exams[1]))
+    return {outcome.arm.label: outcome for each in found for outcome in each}
+
+
+# --- what the students learn from and are judged on -----------------------------------------------------------------
+
+
+def make_world(lab: Lab) -> World:
+    """Tokenizer, caches and exams; what is there already is kept."""
+    home = lab.folder / "world"
+    tokenizer = student_tokenizer(lab, home / "tokenizer")
+    draws, curves = lab.cache(DRAWS), lab.cache(CURVES)
+    lab.say("  lab: transcoding")
+    sets, survey = _transcoded(draws, tokenizer, home / "cache-sets", unresolved="set")
+    point, _ = _transcoded(draws, tokenizer, home / "cache-point", unresolved="point", seq_len=survey["seq_len"])
+    said, _ = _transcoded(teachers_text(lab, home), tokenizer, home / "cache-text", seq_len=survey["seq_len"])
+    caches = {CE: sets, SETS: sets, POINT: point, TEXT: said, CE_THEIRS: draws, CEILING: draws}
+    # As much text before a held-out token as the teacher's rows have.
+    length = max(2, min(survey["seq_len"], round(lab.seq_len() * survey["tokens_per_teacher_token"])))
+    ours = _exam(lab, home / "heldout-student", tokenizer, length)
+    theirs = _exam(lab, home / "heldout-teacher", f"{lab.rows()}/tokenizer", lab.seq_len())
+    return World(
+        tokenizer=tokenizer,
+        seq_len=survey["seq_len"],
+        caches=caches | dict.fromkeys(CROSS, curves),
+        exams=(ours, theirs),
+        survey=survey,
+    )
+
+
+def student_tokenizer(lab: Lab, path: Path) -> str:
+    """A byte-level BPE of the lab's training text, `VOCABULARY` times as large as the teacher's tokenizer."""
+    from sparsekd import vocab
+
+    if not (path / "tokenizer.json").exists():
+        size = vocab.vocab_size(vocab.load_tokenizer(f"{lab.rows()}/tokenizer"))
+        vocab.train_tokenizer(texts_of(lab.rows()), round(VOCABULARY * size)).save_pretrained(path)
+    return str(path)
+
+
+def _transcoded(cache: str, tokenizer: str, out: Path, **settings: Any) -> tuple[str, dict[str, Any]]:
+    """(the cache in the student's vocabulary, its survey)."""
+    from sparsekd import vocab
+    from sparsekd.transcode import transcode
+
+    record = out.with_suffix(".json")
+    if not record.exists():
+        survey = transcode(cache=cache, tokenizer=tokenizer, out=out, **settings)["survey"]
+        write_json(record, survey | {"vocab_size": vocab.vocab_size(vocab.load_tokenizer(tokenizer))})
+    return str(out), json.loads(record.read_text())
+
+
+def _exam(lab: Lab, rows: Path, tokenizer: str, seq_len: int) -> dict[str, Any]:
+    """The text of the lab's first held-out rows in a tokenizer's tokens: all of it counts, so bytes are the same."""
+    from sparsekd.rows import pack
+
+    source = rows.parent / "heldout.jsonl"
+    if not source.exists():
+        write_documents(texts_of(lab.rows(), "heldout", limit_rows=3 * lab.settings.eval_rows), source)
+    pack(source=str(source), tokenizer=tokenizer, seq_len=seq_len, heldout=0.0, out=rows, progress=False)
+    return {"rows": str(rows), "split": "train"}
+
+
+def teachers_text(lab: Lab, home: Path) -> str:
+    """A cache, in the teacher's tokens, of rows that the teacher wrote on from the first quarter of real ones."""
+    from sparsekd.capture import capture
+    from sparsekd.rows import pack
+
+    source, rows, cache = home / "written.jsonl", home / "written", home / "cache-written"
+    if not source.exists():
+        lab.say("  lab: the teacher writes")
+        write_documents(written(lab), source)
+    pack(
+        source=str(source),
+        tokenizer=f"{lab.rows()}/tokenizer",
+        seq_len=lab.seq_len(),
+        heldout=0.0,
+        out=rows,
+        progress=False,
+    )
+    if not (cache / "manifest.json").exists():
+        sampler = {"name": "top_k", "k": 1}  # only its rows are read
+        capture(rows=rows, teacher=lab.teacher(), out=cache, sampler=sampler, batch_size=32, device=lab.settings.device)
+    return str(cache)
+
+
+def written(lab: Lab, batch_size: int = 100) -> list[str]:
+    """Text drawn from the teacher at temperature 1, one for each of the lab's training rows."""
+    import torch
+
+    from sparsekd.models import open_model
+    from sparsekd.packed import RowsReader
+
+    model = open_model(lab.teacher(), device=lab.settings.device)
+    texts = []
+    with RowsReader(lab.rows()) as reader, torch.random.fork_rng():
+        torch.manual_seed(0)
+        tokenizer, count = reader.tokenizer(), min(len(reader), lab.settings.student_rows)
+        prompt = max(1, round(PROMPT * reader.seq_len))
+        for first in range(0, count, batch_size):
+            ids = reader.batch(range(first, min(first + batch_size, count))).input_ids[:, :prompt]
+            given = torch.from_numpy(ids.astype("int64")).to(model.device)
+            out = model.generate(given, do_sample=True, top_k=0, max_new_tokens=reader.seq_len - prompt)
+            texts += tokenizer.batch_decode(out, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return texts
+
+
+# --- what is found --------------------------------------------------------------------------------------------------
+
+
+def _bits(outcomes: Outcomes, label: str) -> list[float]:
+    return [METRICS["bits"][1](each) for each in outcomes[label].evaluations]
+
+
+def cells(outcomes: Outcomes, label: str) -> tuple[Cell | str | None, ...]:
+    """Loss, bits per byte and both shares of an arm."""
+    if outcomes[label].diverged():
+        return ("diverged", None, None, None)
+    own = label not in (CE_THEIRS, CEILING)
+    return (
+        over(outcomes[label].losses()),
+        over(_bits(outcomes, label)),
+        share(outcomes, label, CE, CEILING),
+        share(outcomes, label, CE_THEIRS, CEILING) if own else None,
+    )
+
+
+def share(outcomes: Outcomes, label: str, start: str, end: str) -> Cell | None:
+    """% of the mean gain from `start` to `end` by which an arm lies below CE, in bits per byte, by seed."""
+    first, last, ce, own = (_bits(outcomes, name) for name in (start, end, CE, label))
+    reach = sum(a - b for a, b in zip(first, last, strict=True)) / len(first)
+    return over([100 * (a - b) / reach for a, b in zip(ce, own, strict=True)]) if reach > 0 else None
+
+
+def _goal(outcomes: Outcomes) -> Finding:
+    """Whether transcoded sets close `GOAL` of the way from CE to the ceiling."""
+    found = None if outcomes[SETS].diverged() else share(outcomes, SETS, CE, CEILING)
+    if found is None:
+        return Finding(text="There is no way from CE to the ceiling to close.", holds=False)
+    return Finding(
+        text=f"Transcoded sets close {found.mean:.0f} % of the way from CE to the same cache in the teacher's own "
+        f"tokenizer (goal: {GOAL:.0f} %).",
+        holds=found.mean >= GOAL,
+    )
+
+
+def _cost(survey: Mapping[str, Any]) -> Finding:
+    return Finding(
+        text=f"Transcoding: {survey['covered']:.0%} of the student's positions have targets, of the mass of their "
+        f"draws {survey['rejected']:.1%} is rejected and {survey['open']:.1%} is a set; a target is "
+        f"{survey['noise']:.2f} times as noisy, and takes {survey['bytes_per_token']:.0f} bytes a token "
+        f"({survey['from_bytes_per_token']:.0f} in the teacher's)."
+    )
+
+
+def plot_bits(result: Result) -> Any:
+    """Bits per byte by arm: the mean over seeds (diamond), each seed (dots), and the ceiling (line)."""
+    from sparsekd import plots
+
+    bits = {name: values for name in result.ours.rows if (values := result.data["bits"].get(name))}
+    with plots.canvas(860, 64 + 27 * len(bits), left=240, right=24, bottom=46) as (figure, axes):
+        for row, (name, values) in enumerate(bits.items()):
+            colour = plots.PALETTE[paint(name)]
+            axes.plot(values, [row] * len(values), "o", markersize=4, color=colour, alpha=0.4)
+            axes.plot([sum(values) / len(values)], [row], "D", markersize=7, color=colour)
+        if CEILING in bits:
+            ceiling = sum(bits[CEILING]) / len(bits[CEILING])
+            axes.axvline(ceiling, color=plots.PALETTE["muted"], linewidth=1, linestyle="--")
+        axes.set_yticks(range(len(bits)), list(bits))
+        axes.set_ylim(len(bits) - 0.4, -0.6)
+        plots.axis_names(axes, "held-out text, bits per byte (diamond: mean over seeds)", "")
+        return figure
+
+
+def paint(name: str) -> str:
+    """The palette's name for an arm."""
+    fixed = {CE: "ce", CE_THEIRS: "ce", TEXT: "ce", CEILING: "full-kd", SETS: "rs", POINT: "rs"}
+    return fixed.get(name, "topk")
+
+
+CROSSTOK = Reproduction(
+    title="A student with another tokenizer",
+    source="beyond the paper: its poster's cross-tokenizer offline KD",
+    claim="A cache rewritten into the student's vocabulary, open draws as prefix sets, does most of what the teacher's "
+    "own tokenizer allows, and more than ULD or ALM.",
+    run=crosstok,
+    plot=plot_bits,
+    uses=USES,
+)
