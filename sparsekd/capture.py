@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from sparsekd.drawing import (
     cpu_threads,
     draw_records,
     read_head,
+    read_rows,
     sampler_parameters,
     shard_batches,
 )
@@ -63,6 +65,7 @@ def capture(
     sampler: str | dict[str, Any] = "systematic",
     codec: str | None = None,
     seed: int = 0,
+    positions: float = 1.0,
     batch_size: int = 8,
     shard_rows: int | None = None,
     dtype: str | None = None,
@@ -87,6 +90,9 @@ def capture(
             the command line: sampler=top_k sampler.k=12. For students of other vocabularies: sorted_curve (ULD, ALM).
         codec: a name of `codec.CODECS`; default: the smallest lossless one that fits (split; the paper's: raw24).
         seed: of the draws.
+        positions: share of the supervised positions that are kept, chosen at random; the others are not learnt. At the
+            same number of labels fewer rounds everywhere are better (noise 1.04, 1.13, 1.40, 2.50 times as large for
+            0.9, 0.75, 0.5, 0.25; docs/LOG.md): this is for a cache below what the fewest useful rounds take.
         batch_size: rows that pass the teacher together; part of the cache's identity.
         shard_rows: rows of a shard, the unit of resume; default: at most 4M tokens, and 16 shards of a small cache.
         dtype: of the teacher; default float32 on a CPU, bfloat16 on an accelerator.
@@ -109,6 +115,8 @@ def capture(
     """
     check_at_least(1, batch_size=batch_size, shard_rows=shard_rows, threads=threads, limit_rows=limit_rows)
     check_seed(seed)
+    if not 0 < positions <= 1:
+        raise RecipeError(f"positions={positions} is a share of the positions, above 0 and at most 1")
     name, parameters = _sampler(sampler)
     _check_codec(codec, name, parameters)
     device = models.check_device(device)
@@ -119,6 +127,8 @@ def capture(
     draws = {"name": name, **parameters, "seed": seed}
     with cpu_threads(threads):
         spec = _make_spec(reader, model, teacher, draws, codec, batch_size, shard_rows, limit_rows)
+        if positions < 1:
+            spec = replace(spec, capture=spec.capture | {"positions": float(positions)})
         writer = CacheWriter(out, spec, engine=_engine(device))
         _copy_tokenizer(reader.path, Path(out))
         source = Teacher(model=model, head=read_head(model), spec=spec)
@@ -287,7 +297,7 @@ def _make_shards(
     with ShardThread(writer, estimate) as background:
         for shard in todo:
             for batch in shard_batches(spec, shard):
-                rows = reader.batch(batch)
+                rows = read_rows(reader, batch, spec)
                 drawn = source.draw(rows.input_ids, rows.supervised, batch.start)
                 background.put(shard, batch, rows, drawn)
                 done += len(batch) * spec.seq_len

@@ -19,7 +19,8 @@ from sparsekd import models
 from sparsekd.cache import CacheSpec, RowRecord
 from sparsekd.codec import CODECS, CURVES, IMPORTANCE, FlatTargets, Importance, decode
 from sparsekd.errors import ModelError
-from sparsekd.packed import RowsReader
+from sparsekd.packed import PackedBatch, RowsReader
+from sparsekd.rng import Keys
 from sparsekd.samplers import SAMPLERS, ImportanceDraws, sample, sample_importance
 from sparsekd.sketch import TeacherSketch, teacher_sketch
 from sparsekd.targets import SparseTargets
@@ -127,8 +128,24 @@ def cpu_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def read_rows(reader: RowsReader, batch: range, spec: CacheSpec) -> PackedBatch:
+    """The rows of a batch; where the capture keeps a share of the positions, the others are not supervised.
+
+    A position is kept if a coin that hangs on (seed, row, position) falls below the share, so the mean loss of the kept
+    ones is that of all on average, and its noise is that of fewer tokens.
+    """
+    rows, share = reader.batch(batch), spec.capture.get("positions", 1.0)
+    if share == 1:
+        return rows
+    at = torch.from_numpy(np.ascontiguousarray(rows.supervised[:, 1:])).nonzero(as_tuple=True)
+    coins = Keys(seed=spec.sampler["seed"], rows=at[0] + batch.start, positions=at[1]).coins()
+    kept = rows.supervised.copy()
+    kept[:, 1:][at[0].numpy(), at[1].numpy()] = (coins < share).numpy()
+    return replace(rows, supervised=kept)
+
+
 def draw_records(source: Teacher, reader: RowsReader, batch: range) -> list[RowRecord]:
-    rows = reader.batch(batch)
+    rows = read_rows(reader, batch, source.spec)
     drawn = source.draw(rows.input_ids, rows.supervised, batch.start)
     return to_records(rows, drawn, source.spec.codec)
 

@@ -62,6 +62,13 @@ class Keys:
         pairs = torch.stack([_to_unit(words[0], words[1]), _to_unit(words[2], words[3])], dim=-1)
         return pairs.flatten(1)[:, :count]
 
+    def coins(self) -> Tensor:
+        """[N] float64 in [0, 1), one a position, from a counter that no draw uses."""
+        rows, positions = self.rows, self.positions
+        last = torch.full_like(positions, _MASK)
+        words = philox((last, positions & _MASK, rows & _MASK, (rows >> 32) & _MASK), self.seed)
+        return _to_unit(words[0], words[1])
+
     def __getitem__(self, index: slice) -> Keys:
         return Keys(seed=self.seed, rows=self.rows[index], positions=self.positions[index])
 

@@ -84,6 +84,9 @@ def test_targets_are_aligned_with_the_next_token(world):
         ({"name": "random_sampling", "rounds": 30, "temperature": 2, "normalize": False}, "ratio48"),
         ({"name": "random_sampling", "rounds": 100, "temperature": 0.0, "normalize": False}, None),
         ("random_sampling", None),
+        ("systematic", None),
+        ({"name": "systematic", "rounds": 100}, "raw40"),
+        ({"name": "systematic", "rounds": 30, "temperature": 0.8}, None),
     ],
 )
 def test_every_sampler_can_be_cached(world, tmp_path, sampler, codec):
@@ -96,11 +99,11 @@ def test_every_sampler_can_be_cached(world, tmp_path, sampler, codec):
     drawn = skd.sample(teacher_logits(world, row)[:-1], settings.pop("name"), **keys, **settings).densify(300)
     stored = skd.SparseTargets.of(row.targets).densify(300)
     ratio = "temperature" in settings and codec != "prob40"
-    tolerance = 0.1 if ratio else {None: 1e-3, "prob24": 0.08, "prob40": 1e-3, "paper24": 1e-6}[codec]
+    tolerance = 0.1 if ratio else {None: 1e-3, "prob24": 0.08, "prob40": 1e-3, "paper24": 1e-6, "raw40": 1e-6}[codec]
     difference = (stored - drawn)[torch.from_numpy(row.supervised[1:])].abs()
     assert (difference <= tolerance * drawn[torch.from_numpy(row.supervised[1:])] + 1e-5).float().mean() > 0.995
     unbiased = "rounds" in settings or not settings
-    unbiased &= "temperature" not in settings or not settings.get("normalize", True)
+    unbiased &= "temperature" not in settings or not reader.spec.sampler["normalize"]
     assert reader.spec.sampler["unbiased"] is unbiased
 
 
@@ -126,6 +129,37 @@ def test_prompts_cost_nothing(world, tmp_path):
         for i in range(len(reader)):
             row = reader[i]
             assert (row.targets.weights[~row.supervised[1:]] == 0).all()
+
+
+def test_a_share_of_the_positions_is_kept_at_random(world, tmp_path):
+    """About 40 % of the supervised positions, the same for any batches, each with the targets it has in a whole cache;
+    on average over seeds the kept ones are spread evenly."""
+    run(world, tmp_path / "all", limit_rows=48)
+    run(world, tmp_path / "some", limit_rows=48, positions=0.4)
+    run(world, tmp_path / "again", limit_rows=48, positions=0.4, batch_size=4)
+    whole, some, again = (skd.CacheReader(tmp_path / name) for name in ("all", "some", "again"))
+    kept = np.stack([some[i].supervised for i in range(48)])
+    supervised = np.stack([whole[i].supervised for i in range(48)])
+    assert (kept <= supervised).all()
+    assert (kept == np.stack([again[i].supervised for i in range(48)])).all()
+    total = supervised[:, 1:].sum()
+    assert abs(kept[:, 1:].sum() / total - 0.4) < 5 * np.sqrt(0.24 / total)
+    for index in (0, 17, 47):
+        row, full = some[index], whole[index]
+        chosen = row.supervised[1:]
+        assert 0 < chosen.sum() < SEQ_LEN - 1
+        assert (dense_of(row.targets)[chosen] == dense_of(full.targets)[chosen]).all()
+        assert (row.targets.weights[~chosen] == 0).all()
+    assert recompute(some, world.teacher, rows=4, device="cpu")["differing"] == 0
+    other = run(world, tmp_path / "other", limit_rows=48, positions=0.4, seed=3) and skd.CacheReader(tmp_path / "other")
+    overlap = (np.stack([other[i].supervised for i in range(48)]) & kept)[:, 1:].sum() / total
+    assert abs(overlap - 0.16) < 5 * np.sqrt(0.16 * 0.84 / total)
+    with pytest.raises(RecipeError, match="positions=0 is a share"):
+        run(world, tmp_path / "none", positions=0)
+
+
+def dense_of(targets):
+    return skd.SparseTargets.of(targets).densify(300).numpy()
 
 
 def test_recompute_is_bit_identical_and_refuses_another_teacher(world, tmp_path):
