@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PROFILE ?= quick
 
-.PHONY: demo test check bench format clean
+.PHONY: demo test check bench bench-gpu format clean
 
 demo: .venv/.ready
 	$(BIN)/sparsekd demo --profile $(PROFILE)
@@ -19,6 +19,9 @@ check: .venv/.ready
 bench: .venv/.ready
 	$(BIN)/python benchmarks/page.py
 	$(BIN)/python benchmarks/cache.py
+
+bench-gpu: .venv/.ready
+	$(BIN)/python benchmarks/page.py --device cuda
 
 format: .venv/.ready
 	$(BIN)/ruff format .

@@ -1,11 +1,11 @@
 """What capturing costs beside the teacher: end to end against its bare forward, and what one core codes and writes.
 
-    python benchmarks/capture.py [--teachers 10m,30m] [--vocab 32768] [--rounds 3]
+    python benchmarks/capture.py [--teachers 10m,30m] [--vocab 32768] [--rounds 3] [--device cuda]
 
 The bare forward is `model(input_ids).logits` of the same rows in the same batches; capture is all that `sparsekd
 capture` does with them: body, head in chunks, 50 draws, coding, checking, writing. CPU seconds of the process, its
-writer's included, one thread; random weights, the head scaled so that a position keeps a dozen ids or two, as a trained
-teacher's. The last line is JSON.
+writer's included, one thread; on a GPU wall seconds, of a bf16 teacher. Random weights, the head scaled so that a
+position keeps a dozen ids or two, as a trained teacher's. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from cache import draw_targets
-from timing import alternating, machine, ratios
+from timing import alternating, clock_for, machine, ratios
 
 from sparsekd import models, rng
 from sparsekd.cache import CacheSpec, CacheWriter, RowRecord
@@ -27,10 +27,11 @@ from sparsekd.codec import codec_spec
 from sparsekd.drawing import HEAD_BYTES, Teacher, read_head, sampler_parameters, shard_batches
 from sparsekd.shard_thread import ShardThread
 
-SEQ_LEN, BATCH, BATCHES, DRAWS = 256, 4, 3, 50
+BATCH, BATCHES, DRAWS = 4, 3, 50
+SEQ_LEN = {"cpu": 256, "cuda": 4096}
 
 
-def cache_spec(vocab: int, rows: int, seq_len: int, codec: str = "raw24") -> CacheSpec:
+def cache_spec(vocab: int, rows: int, seq_len: int, codec: str = "raw24", device: str = "cpu") -> CacheSpec:
     return CacheSpec(
         rows=rows,
         seq_len=seq_len,
@@ -41,33 +42,35 @@ def cache_spec(vocab: int, rows: int, seq_len: int, codec: str = "raw24") -> Cac
         teacher={},
         tokenizer={},
         data={},
-        capture={"batch_size": BATCH, "head_chunk": max(1, HEAD_BYTES["cpu"] // (4 * vocab))},
+        capture={"batch_size": BATCH, "head_chunk": max(1, HEAD_BYTES[device] // (4 * vocab))},
     )
 
 
-def make_teacher(name: str, vocab: int, spec: CacheSpec) -> Teacher:
+def make_teacher(name: str, vocab: int, spec: CacheSpec, device: str) -> Teacher:
     torch.manual_seed(0)
-    model = models.new_student({"family": name}, vocab_size=vocab, seq_len=SEQ_LEN).eval()
+    with torch.device(device):
+        model = models.new_student({"family": name}, vocab_size=vocab, seq_len=spec.seq_len).eval()
+    model = model.to(torch.float32 if device == "cpu" else torch.bfloat16)
     with torch.no_grad():
-        ids = torch.randint(vocab, (1, 64))
+        ids = torch.randint(vocab, (1, 64), device=device)
         model.get_output_embeddings().weight *= 5 / model(input_ids=ids).logits.std()
     return Teacher(model=model, head=read_head(model), spec=spec)
 
 
-def capture_share(name: str, vocab: int, rounds: int) -> dict[str, object]:
-    """Tokens per second over those of the bare forward, in CPU and in wall seconds, and how long the teacher waited."""
-    spec = cache_spec(vocab, BATCH * BATCHES, SEQ_LEN)
-    source = make_teacher(name, vocab, spec)
-    ids = np.random.default_rng(0).integers(vocab, size=(spec.rows, SEQ_LEN)).astype(np.uint32)
+def capture_share(name: str, vocab: int, rounds: int, device: str, seq_len: int) -> dict[str, object]:
+    """Tokens per second over those of the bare forward, by `clock_for(device)` and the wall, and the wait."""
+    spec = cache_spec(vocab, BATCH * BATCHES, seq_len, device=device)
+    source = make_teacher(name, vocab, spec, device)
+    ids = np.random.default_rng(0).integers(vocab, size=(spec.rows, seq_len)).astype(np.uint32)
     waited: list[float] = []
 
     def bare() -> None:
         with torch.no_grad():
             for batch in shard_batches(spec, 0):
-                source.model(input_ids=torch.from_numpy(ids[batch].astype(np.int64)), use_cache=False)
+                source.model(input_ids=torch.from_numpy(ids[batch].astype(np.int64)).to(device), use_cache=False)
 
     def capture() -> None:
-        ones = np.ones((BATCH, SEQ_LEN), bool)
+        ones = np.ones((BATCH, seq_len), bool)
         with tempfile.TemporaryDirectory() as folder, ShardThread(CacheWriter(folder, spec), 0.0) as background:
             begin = time.perf_counter()
             for batch in shard_batches(spec, 0):
@@ -75,13 +78,14 @@ def capture_share(name: str, vocab: int, rounds: int) -> dict[str, object]:
                 background.put(0, batch, rows, source.draw(rows.input_ids, ones, batch.start))
             waited.append(background.waited / (time.perf_counter() - begin))
 
-    seconds = alternating({"bare": bare, "capture": capture}, rounds)
-    wall = alternating({"bare": bare, "capture": capture}, max(1, rounds // 2), time.perf_counter)
+    runs = {"bare": bare, "capture": capture}
+    seconds = alternating(runs, rounds, clock_for(device))
+    wall = alternating(runs, max(1, rounds // 2), time.perf_counter) if device == "cpu" else seconds
     return {
         "teacher": name,
         "parameters": sum(p.numel() for p in source.model.parameters()),
         "vocab": vocab,
-        "tokens_per_second_over_bare_cpu": 1 / ratios(seconds, "bare")["capture"],
+        "tokens_per_second_over_bare": 1 / ratios(seconds, "bare")["capture"],
         "tokens_per_second_over_bare_wall": 1 / ratios(wall, "bare")["capture"],
         "bare_us_per_token": 1e6 * float(np.median(seconds["bare"])) / ids.size,
         "teacher_waited": float(np.median(waited)),
@@ -115,19 +119,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--teachers", default="10m,30m")
     parser.add_argument("--vocab", type=int, default=32_768)
+    parser.add_argument("--device", default="cpu", choices=SEQ_LEN)
     parser.add_argument("--rounds", type=int, default=3)
     a = parser.parse_args()
     torch.set_num_threads(1)
-    shares = [capture_share(name, a.vocab, a.rounds) for name in a.teachers.split(",")]
+    shares = [capture_share(name, a.vocab, a.rounds, a.device, SEQ_LEN[a.device]) for name in a.teachers.split(",")]
     rates = {codec: writer_rate(128_256, codec, a.rounds + 2) for codec in ("raw24", "split")}
-    print("teacher     parameters   capture / bare, CPU      wall   teacher waited")
+    print("teacher     parameters       capture / bare      wall   teacher waited")
     for each in shares:
-        cpu, wall = each["tokens_per_second_over_bare_cpu"], each["tokens_per_second_over_bare_wall"]
+        cpu, wall = each["tokens_per_second_over_bare"], each["tokens_per_second_over_bare_wall"]
         size = f"{each['parameters'] / 1e6:.0f}M"
         print(f"{each['teacher']:<12}{size:>10}{cpu:>23.2f}{wall:>10.2f}{each['teacher_waited']:>16.2%}")
     for codec, rate in rates.items():
         print(f"{codec} coded, checked and written: {rate / 1e6:.2f}M tokens a second and core")
-    print("\n" + json.dumps({"machine": machine(), "capture": shares, "writer": rates}))
+    print("\n" + json.dumps({"machine": machine(a.device), "capture": shares, "writer": rates}))
 
 
 if __name__ == "__main__":

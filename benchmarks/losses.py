@@ -1,47 +1,76 @@
 """What the sparse loss costs beside cross-entropy: time and peak memory of one forward + backward from hidden states.
 
     python benchmarks/losses.py [--tokens 1024] [--hidden 512] [--vocab 32768] [--kept 12] [--rounds 5]
-                                [--dtype bfloat16] [--times-only]
+                                [--dtype bfloat16] [--device cuda] [--few] [--curves] [--no-memory] [--warm 1]
 
-Every figure is a ratio to `F.cross_entropy(F.linear(hidden, head), labels)` in the same run, in CPU seconds (others may
-use the machine too), variants in turn, median over rounds. Peak memory is the process's growth over (hidden, head, and
-both gradients), one subprocess per variant.
+Every figure is a ratio to `F.cross_entropy(F.linear(hidden, head), labels)` in the same run, variants in turn, median
+over rounds: CPU seconds (others may use the machine too), on a GPU wall seconds between synchronisations. Peak memory
+is what a step takes beyond (hidden, head, and both gradients): the growth of a fresh process on a CPU, the allocator's
+on a GPU. `--few` leaves the options out; `--curves` adds cost against tokens, hidden size, vocabulary and labels. The
+last line is JSON.
+
+Peers run where their packages are and know the device. Top-k losses of other trainers are re-stated by formula, on
+dense logits as they take them: Σ t (log t - log_softmax(z)) at the kept ids (TRL), and the same as gather - logsumexp
+(Axolotl).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
-import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timing import alternating, clock_for, machine, medians, ratios
 
 import sparsekd as skd
 from sparsekd.fused_chunks import default_rows
 from sparsekd.targets import SparseTargets
 
+BASE = "cross-entropy (plain torch)"
 
-def make(n: int, h: int, v: int, k: int, dtype: str) -> dict[str, object]:
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Tokens, hidden size, vocabulary, labels a token, dtype of hidden states and head, and where."""
+
+    tokens: int = 1024
+    hidden: int = 512
+    vocab: int = 32768
+    kept: int = 12
+    dtype: str = "float32"
+    device: str = "cpu"
+
+
+def make(sizes: Sizes) -> dict[str, Any]:
     torch.manual_seed(0)
-    kind = getattr(torch, dtype)
+    n, v, k = sizes.tokens, sizes.vocab, sizes.kept
+    place = {"dtype": getattr(torch, sizes.dtype), "device": sizes.device}
     return {
-        "hidden": torch.randn(n, h).to(kind).requires_grad_(),
-        "head": (torch.randn(v, h) / h**0.5).to(kind).requires_grad_(),
-        "targets": SparseTargets(ids=torch.randint(v, (n, k)), weights=torch.full((n, k), 1 / k)),
-        "labels": torch.randint(v, (n,)),
-        "sum": torch.zeros(v, h),
+        "hidden": torch.randn(n, sizes.hidden, **place).requires_grad_(),
+        "head": (torch.randn(v, sizes.hidden, **place) / sizes.hidden**0.5).requires_grad_(),
+        "targets": SparseTargets(
+            ids=torch.randint(v, (n, k), device=sizes.device), weights=torch.full((n, k), 1 / k, device=sizes.device)
+        ),
+        "labels": torch.randint(v, (n,), device=sizes.device),
     }
 
 
-def products(x: dict) -> torch.Tensor:
+# --- what is compared: inputs -> loss -----------------------------------------------------------------------
+
+
+def products(x: dict[str, Any]) -> torch.Tensor:
     """The three matrix products of a head and nothing else, chunk by chunk: the floor."""
     hidden, head = x["hidden"].detach(), x["head"].detach()
     rows = default_rows(head)
-    buffer = torch.empty(rows, len(head), dtype=head.dtype)
+    buffer = head.new_empty(rows, len(head))
     grad_hidden, grad_head = torch.empty_like(hidden), torch.empty_like(head)
     for start in range(0, len(hidden), rows):
         part = slice(start, start + rows)
@@ -51,57 +80,153 @@ def products(x: dict) -> torch.Tensor:
     return torch.zeros((), requires_grad=True)
 
 
-def fused(x: dict, **options: object) -> torch.Tensor:
+def dense_kl(x: dict[str, Any]) -> torch.Tensor:
+    log_p = F.linear(x["hidden"], x["head"]).log_softmax(-1)
+    return F.kl_div(log_p, x["targets"].densify(len(x["head"])).to(log_p.dtype), reduction="batchmean")
+
+
+def topk_by_log_softmax(x: dict[str, Any]) -> torch.Tensor:
+    """Σ t (log t - log p) / N, the whole log_softmax made first."""
+    logits, t = F.linear(x["hidden"], x["head"]), x["targets"]
+    log_p = logits.float().log_softmax(-1).gather(-1, t.ids)
+    return (t.weights * (t.weights.log() - log_p)).sum() / len(logits)
+
+
+def topk_by_logsumexp(x: dict[str, Any]) -> torch.Tensor:
+    """The same as Σ t (log t - z + logsumexp z) / N."""
+    logits, t = F.linear(x["hidden"], x["head"]), x["targets"]
+    log_p = logits.gather(-1, t.ids).float() - logits.logsumexp(-1, keepdim=True).float()
+    return (t.weights * (t.weights.log() - log_p)).sum() / len(logits)
+
+
+def fused(x: dict[str, Any], **options: Any) -> torch.Tensor:
     return skd.fused_linear_sparse_kl(x["hidden"], x["head"], x["targets"], **options)
 
 
-VARIANTS = {
-    "cross-entropy (plain torch)": lambda x: F.cross_entropy(F.linear(x["hidden"], x["head"]), x["labels"]),
+def fused_50(x: dict[str, Any]) -> torch.Tensor:
+    ids = torch.randint(len(x["head"]), (len(x["hidden"]), 50), device=x["head"].device)
+    return fused(x | {"targets": SparseTargets(ids=ids, weights=torch.full_like(ids, 1 / 50, dtype=torch.float32))})
+
+
+def fused_ce(x: dict[str, Any]) -> torch.Tensor:
+    none = SparseTargets(ids=x["targets"].ids[:, :0], weights=x["targets"].weights[:, :0])
+    return fused(x | {"targets": none}, labels=x["labels"], ce_weight=1.0)
+
+
+def fused_mixed(x: dict[str, Any], **options: Any) -> torch.Tensor:
+    ones = torch.ones(len(x["labels"]), device=x["labels"].device)
+    return fused(x, labels=x["labels"], ce_weight=0.1, z_loss=1e-4, token_weights=ones, **options)
+
+
+def fused_into(x: dict[str, Any]) -> torch.Tensor:
+    if "sum" not in x:
+        x["sum"] = torch.zeros_like(x["head"], dtype=torch.float32)
+    return fused(x, accumulate_into=x["sum"])
+
+
+def torch_fused_ce(x: dict[str, Any]) -> torch.Tensor:
+    chunks = torch.nn.LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(x["hidden"], x["head"], x["labels"], options=chunks)
+
+
+def liger_ce(x: dict[str, Any]) -> torch.Tensor:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    return LigerFusedLinearCrossEntropyLoss()(x["head"], x["hidden"], x["labels"])
+
+
+def cut_ce(x: dict[str, Any]) -> torch.Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy(x["hidden"], x["head"], x["labels"])
+
+
+Loss = Callable[[dict[str, Any]], torch.Tensor]
+KEPT: dict[str, Loss] = {
+    BASE: lambda x: F.cross_entropy(F.linear(x["hidden"], x["head"]), x["labels"]),
     "three bare products": products,
-    "dense KL (targets densified)": lambda x: F.kl_div(
-        F.linear(x["hidden"], x["head"]).log_softmax(-1),
-        x["targets"].densify(len(x["head"])),
-        reduction="batchmean",
-    ),
-    "sparse_kl on logits": lambda x: skd.sparse_kl(F.linear(x["hidden"], x["head"]), x["targets"]),
+    "dense KL (targets densified)": dense_kl,
+    "top-k KL, log_softmax + gather": topk_by_log_softmax,
     "fused_linear_sparse_kl": fused,
-    "fused, cross-entropy alone": lambda x: fused(
-        x | {"targets": SparseTargets(ids=x["targets"].ids[:, :0], weights=x["targets"].weights[:, :0])},
-        labels=x["labels"],
-        ce_weight=1.0,
-    ),
-    "fused, 0.1 CE + z-loss + weights": lambda x: fused(
-        x, labels=x["labels"], ce_weight=0.1, z_loss=1e-4, token_weights=torch.ones(len(x["labels"]))
-    ),
-    "the same at temperature 2": lambda x: fused(
-        x, labels=x["labels"], ce_weight=0.1, z_loss=1e-4, token_weights=torch.ones(len(x["labels"])), temperature=2.0
-    ),
-    "fused, gradient into head.grad": lambda x: fused(x, accumulate_into=x["sum"]),
+    "the same, 50 labels a token": fused_50,
+    "fused, cross-entropy alone": fused_ce,
 }
+OPTIONS: dict[str, Loss] = {
+    "top-k KL, gather - logsumexp": topk_by_logsumexp,
+    "sparse_kl on logits": lambda x: skd.sparse_kl(F.linear(x["hidden"], x["head"]), x["targets"]),
+    "fused, 0.1 CE + z-loss + weights": fused_mixed,
+    "the same at temperature 2": partial(fused_mixed, temperature=2.0),
+    "fused, gradient into head.grad": fused_into,
+}
+ON_CURVES = (BASE, "three bare products", "top-k KL, log_softmax + gather", "fused_linear_sparse_kl")
 
 
-def step(variant: str, x: dict) -> float:
-    for leaf in ("hidden", "head"):
-        x[leaf].grad = None
-    started = time.process_time()
-    VARIANTS[variant](x).backward()
-    return time.process_time() - started
+def peers(device: str) -> dict[str, Loss]:
+    """Fused cross-entropies of other packages, where they are installed and know the device."""
+    found: dict[str, Loss] = {}
+    if hasattr(F, "linear_cross_entropy"):
+        found["torch's linear_cross_entropy, chunked"] = torch_fused_ce
+    if device != "cpu" and find_spec("liger_kernel"):
+        found["Liger's fused cross-entropy"] = liger_ce
+    if device != "cpu" and find_spec("cut_cross_entropy"):
+        found["cut cross-entropy"] = cut_ce
+    return found
 
 
-def peak_bytes(variant: str, sizes: list[int | str]) -> int:
-    """Growth of a fresh process's peak over what the inputs and gradients take, in bytes."""
-    words = [sys.executable, __file__, "--memory-of", variant, *map(str, sizes)]
+def variants(device: str) -> dict[str, Loss]:
+    return KEPT | OPTIONS | peers(device)
+
+
+# --- measuring --------------------------------------------------------------------------------------------
+
+
+def step(loss: Loss, x: dict[str, Any]) -> None:
+    x["hidden"].grad = x["head"].grad = None
+    loss(x).backward()
+
+
+def times(sizes: Sizes, names: Iterable[str], rounds: int, warm: int = 1) -> dict[str, dict[str, float]]:
+    """Per variant the ratio to cross-entropy and its microseconds a token."""
+    x, found = make(sizes), variants(sizes.device)
+    runs = {name: partial(step, found[name], x) for name in names}
+    spent = alternating(runs, rounds, clock_for(sizes.device), warm)
+    shares, each = ratios(spent, BASE), medians(spent)
+    return {name: {"time_ratio": shares[name], "us_per_token": 1e6 * each[name] / sizes.tokens} for name in runs}
+
+
+def curve(name: str, values: Iterable[int], base: Sizes, rounds: int) -> list[dict[str, Any]]:
+    """Cost against one of the sizes."""
+    points = (replace(base, **{name: value}) for value in values)
+    return [{name: getattr(point, name), "variants": times(point, ON_CURVES, rounds)} for point in points]
+
+
+def peak_bytes(variant: str, sizes: Sizes) -> int:
+    """What a step takes at its peak over what inputs and gradients take, in bytes."""
+    if sizes.device != "cpu":
+        return cuda_growth(variant, sizes)
+    words = [sys.executable, __file__, "--memory-of", variant, json.dumps(asdict(sizes))]
     return int(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
 
 
-def measure_memory(variant: str, sizes: list[int | str]) -> None:
-    x = make(*sizes)
-    small = {**x, "hidden": x["hidden"][:1].detach().requires_grad_(), "labels": x["labels"][:1]}
-    step(variant, {**small, "targets": x["targets"][:1]})  # both gradients and workspaces exist from here on
+def cuda_growth(variant: str, sizes: Sizes) -> int:
+    x = make(sizes)
+    step(variants(sizes.device)[variant], x)
+    held = sum(leaf.numel() * leaf.element_size() for leaf in (x["hidden"], x["head"]) if leaf.grad is not None)
+    x["hidden"].grad = x["head"].grad = None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step(variants(sizes.device)[variant], x)
+    return torch.cuda.max_memory_allocated() - before - held
+
+
+def process_growth(variant: str, sizes: Sizes) -> int:
+    loss, x = variants(sizes.device)[variant], make(sizes)
+    small = x | {"hidden": x["hidden"][:1].detach().requires_grad_(), "labels": x["labels"][:1]}
+    step(loss, small | {"targets": x["targets"][:1]})  # both gradients and workspaces exist from here on
     x["head"].grad = x["hidden"].grad = None
     before = peak_now()
-    step(variant, x)
-    print(peak_now() - before)
+    step(loss, x)
+    return peak_now() - before
 
 
 def peak_now() -> int:
@@ -110,35 +235,42 @@ def peak_now() -> int:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 
 
+def curves(sizes: Sizes, rounds: int) -> dict[str, list[dict[str, Any]]]:
+    if sizes.device == "cpu":
+        base = replace(sizes, tokens=512, hidden=512, vocab=8192, kept=12)
+        ways = {"tokens": (128, 512, 2048), "hidden": (128, 512, 2048), "vocab": (2048, 8192, 32768, 131072)}
+    else:
+        base = replace(sizes, tokens=8192, hidden=1024, vocab=32768, kept=12)
+        ways = {"tokens": (1024, 4096, 16384), "hidden": (512, 1024, 4096), "vocab": (8192, 32768, 131072)}
+    return {name: curve(name, values, base, rounds) for name, values in (ways | {"kept": (1, 12, 50, 100)}).items()}
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--memory-of"]:
-        return measure_memory(sys.argv[2], [*map(int, sys.argv[3:-1]), sys.argv[-1]])
+        return print(process_growth(sys.argv[2], Sizes(**json.loads(sys.argv[3]))))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, value in (("tokens", 1024), ("hidden", 512), ("vocab", 32768), ("kept", 12), ("rounds", 5)):
-        parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--times-only", action="store_true")
+    for name, value in asdict(Sizes()).items():
+        parser.add_argument(f"--{name}", type=type(value), default=value)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--warm", type=int, default=1, help="rounds that are not counted")
+    for name in ("few", "curves", "no-memory"):
+        parser.add_argument(f"--{name}", action="store_true")
     a = parser.parse_args()
-    sizes = [a.tokens, a.hidden, a.vocab, a.kept, a.dtype]
-    x = make(*sizes)
-    seconds = {variant: [] for variant in VARIANTS}
-    for variant in VARIANTS:
-        step(variant, x)
-    for _ in range(a.rounds):
-        for variant in VARIANTS:
-            seconds[variant].append(step(variant, x))
-    base = next(iter(VARIANTS))
-    print(f"{a.tokens} tokens, hidden {a.hidden}, vocabulary {a.vocab:,}, {a.kept} ids a token, {a.dtype}, ", end="")
-    print(f"{torch.get_num_threads()} threads; [tokens, vocab] fp32 is {a.tokens * a.vocab * 4 / 2**20:.0f} MiB\n")
-    print(f"{'':<34}{'time / CE':>12}{'peak MiB':>12}{'peak / CE':>12}")
-    results = {}
-    peaks = {variant: 0 if a.times_only else peak_bytes(variant, sizes) for variant in VARIANTS}
-    for variant in VARIANTS:
-        ratio = statistics.median(s / b for s, b in zip(seconds[variant], seconds[base], strict=True))
-        results[variant] = {"time_ratio": ratio, "peak_bytes": peaks[variant]}
-        share = peaks[variant] / (peaks[base] or 1)
-        print(f"{variant:<34}{ratio:>12.2f}{peaks[variant] / 2**20:>12.0f}{share:>12.2f}")
-    print("\n" + json.dumps(results))
+    torch.set_num_threads(1)
+    sizes = Sizes(**{name: getattr(a, name) for name in asdict(Sizes())})
+    names = KEPT if a.few else variants(sizes.device)
+    found: dict[str, dict[str, float]] = times(sizes, names, a.rounds, a.warm)
+    print(", ".join(f"{name} {value}" for name, value in asdict(sizes).items()))
+    print(f"[tokens, vocab] in fp32 is {sizes.tokens * sizes.vocab * 4 / 2**20:.0f} MiB\n")
+    print(f"{'':<40}{'time / CE':>12}{'µs a token':>12}{'peak MiB':>12}")
+    for name, each in found.items():
+        if not a.no_memory:
+            each["peak_bytes"] = peak_bytes(name, sizes)
+        peak = f"{each['peak_bytes'] / 2**20:>12.0f}" if "peak_bytes" in each else ""
+        print(f"{name:<40}{each['time_ratio']:>12.2f}{each['us_per_token']:>12.2f}{peak}", flush=True)
+    lines = curves(sizes, max(1, a.rounds // 2)) if a.curves else {}
+    result = {"machine": machine(sizes.device), "sizes": asdict(sizes), "variants": found, "curves": lines}
+    print("\n" + json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Runs the benchmarks and writes docs/benchmarks.md, docs/benchmarks.json and the plots in docs/images.
 
-    python benchmarks/page.py [--out docs] [--only samplers,reading] [--note "..."]
+    python benchmarks/page.py [--device cuda] [--out docs] [--only samplers,reading] [--note "..."]
 
-Each benchmark is a process of its own, one thread, whose last line of output is JSON; this page only lays their figures
-beside the bars of the project. What cannot run here says why.
+With `--device cuda` the same page of a GPU: docs/benchmarks_gpu.md. Each benchmark is a process of its own, one
+thread, whose last line of output is JSON; this page only lays their figures beside the bars of the project. What cannot
+run here says why.
 """
 
 from __future__ import annotations
@@ -14,19 +15,68 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-# Each file with the words that make it last minutes on two cores.
-RUNS = {"losses": [], "samplers": ["--rounds", "5"], "capture": [], "reading": []}
 Json = dict[str, Any]
 
 
-def run(name: str, words: list[str]) -> Json:
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """A page: its file, how it was measured, what its plots begin with, and per section a program and its words."""
+
+    file: str
+    method: str
+    plots: str
+    runs: dict[str, tuple[str, str]]
+
+
+PAGES = {
+    # Words that make it last a quarter of an hour on two cores.
+    "cpu": Page(
+        file="benchmarks",
+        method="Written by `make bench`: each figure is a ratio within one run, variants in turn, CPU seconds, "
+        "medians, fp32, one thread.",
+        plots="bench",
+        runs={
+            "losses": ("losses", "--curves"),
+            "losses_large": (
+                "losses",
+                "--tokens 2048 --hidden 1024 --vocab 128256 --few --no-memory --rounds 2 --warm 0",
+            ),
+            "samplers": ("samplers", "--rounds 5"),
+            "capture": ("capture", ""),
+            "reading": ("reading", ""),
+        },
+    ),
+    "cuda": Page(
+        file="benchmarks_gpu",
+        method="Written by `make bench-gpu`: each figure is a ratio within one run, variants in turn, wall seconds "
+        "between synchronisations, medians, bf16. Reading is the host's.",
+        plots="bench_gpu",
+        runs={
+            "losses": (
+                "losses",
+                "--device cuda --dtype bfloat16 --tokens 8192 --hidden 1024 --vocab 128256 --rounds 20 --curves",
+            ),
+            "losses_large": (
+                "losses",
+                "--device cuda --dtype bfloat16 --tokens 8192 --hidden 3072 --vocab 128256 --rounds 20",
+            ),
+            "samplers": ("samplers", "--device cuda --rounds 20"),
+            "capture": ("capture", "--device cuda --teachers 300m,3b --vocab 128256"),
+            "reading": ("reading", ""),
+        },
+    ),
+}
+
+
+def run(name: str, words: str) -> Json:
     """What one benchmark found, or {"failed": its last words}."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(HERE / f"{name}.py"), *words]
+    command = [sys.executable, str(HERE / f"{name}.py"), *words.split()]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         return {"failed": (done.stderr.strip().splitlines() or ["no word of why"])[-1]}
@@ -48,18 +98,55 @@ def bar(value: float, wanted: float, *, least: bool = False, unit: str = "") -> 
 # --- sections ---------------------------------------------------------------------------------------------
 
 
-def losses(found: Json) -> str:
-    rows = [
-        [name, f"{each['time_ratio']:.2f}", f"{each['peak_bytes'] / 2**20:.0f} MiB"]
-        for name, each in found.items()
-        if isinstance(each, dict) and "time_ratio" in each
+# What is divided by what, and the bar: largest, or least share of the speed.
+OPTIONS = ("fused, 0.1 CE + z-loss + weights", "the same at temperature 2")
+PLAIN, FUSED, FUSED_CE = "cross-entropy (plain torch)", "fused_linear_sparse_kl", "fused, cross-entropy alone"
+PRODUCTS, DENSE = "three bare products", "dense KL (targets densified)"
+PEER_LOSSES = ("torch's linear_cross_entropy, chunked", "Liger's fused cross-entropy", "cut cross-entropy")
+LOSS_BARS: dict[str, list[tuple[str, str, float]]] = {
+    "cpu": [
+        (FUSED, FUSED_CE, 1.02),
+        ("the same, 50 labels a token", FUSED_CE, 1.02),
+        (FUSED, PLAIN, 0.90),
+        (FUSED, PRODUCTS, 1 / 0.90),
+        (FUSED, DENSE, 0.70),
+        *((name, FUSED, 1.02) for name in OPTIONS),
+    ],
+    "cuda": [(FUSED, FUSED_CE, 1.01), (FUSED, PRODUCTS, 1.12), *((FUSED, name, 1.0) for name in PEER_LOSSES)],
+}
+
+
+def losses(found: Json, plots: str) -> str:
+    sizes, each = found["sizes"], found["variants"]
+    bars = [
+        [f"{above} / {below}", *bar(each[above]["time_ratio"] / each[below]["time_ratio"], wanted)]
+        for above, below, wanted in LOSS_BARS[sizes["device"]]
+        if above in each and below in each
     ]
-    return "One step from hidden states, over `F.linear` + `F.cross_entropy`.\n\n" + table(
-        ["", "time", "peak memory beyond gradients"], rows
-    )
+    whole = sizes["tokens"] * sizes["vocab"] * 4
+    if "peak_bytes" in each[FUSED] and sizes["device"] == "cpu":
+        bars.append([f"peak memory of {FUSED} / one fp32 [T, V]", *bar(each[FUSED]["peak_bytes"] / whole, 0.14)])
+    rows = [
+        [name, f"{one['time_ratio']:.2f}", f"{one['us_per_token']:.1f}", _mebibytes(one.get("peak_bytes"))]
+        for name, one in each.items()
+    ]
+    parts = [
+        f"One step from hidden states: T = {sizes['tokens']:,}, H = {sizes['hidden']:,}, V = {sizes['vocab']:,}, "
+        f"{sizes['kept']} labels a token, {sizes['dtype']}. Time over `F.linear` + `F.cross_entropy`. Top-k KL is "
+        "other trainers' loss, re-stated by formula.\n",
+        table(["", "found", "bar", ""], bars),
+        table(["", "time", "µs a token", "peak memory beyond gradients"], rows),
+    ]
+    if found["curves"]:
+        parts.append(f"![cost of the loss](images/{plots}_losses.svg)\n")
+    return "\n".join(parts)
 
 
-def samplers(found: Json) -> str:
+def _mebibytes(count: int | None) -> str:
+    return "" if count is None else f"{count / 2**20:.0f} MiB"
+
+
+def samplers(found: Json, plots: str) -> str:
     columns = found["by_vocab"]
     rows = [[name, *(f"{c['ratio'][name]:.2f}" for c in columns)] for name in columns[0]["ratio"]]
     rows.append(
@@ -78,15 +165,15 @@ def samplers(found: Json) -> str:
         + table(["", "found", "bar", ""], bars)
         + "\n"
         + table(["V =", *(f"{c['vocab']:,}" for c in columns)], rows)
-        + "\n![cost of sampling](images/bench_sampling.svg)\n"
+        + f"\n![cost of sampling](images/{plots}_sampling.svg)\n"
     )
 
 
-def capture(found: Json) -> str:
+def capture(found: Json, plots: str) -> str:
     rows = [
         [
             f"capture / bare forward, teacher of {each['parameters'] / 1e6:.0f}M, V = {each['vocab']:,}",
-            *bar(each["tokens_per_second_over_bare_cpu"], 0.95, least=True),
+            *bar(each["tokens_per_second_over_bare"], 0.95, least=True),
         ]
         for each in found["capture"]
     ]
@@ -104,7 +191,7 @@ def capture(found: Json) -> str:
     )
 
 
-def reading(found: Json) -> str:
+def reading(found: Json, plots: str) -> str:
     rates, bars = found["tokens_per_second"], {"raw24": 3.0, "split": 1.0}
     rows = [[f"{c}, shuffled epoch", *bar(rates[c] / 1e6, b, least=True, unit=" M tokens/s")] for c, b in bars.items()]
     rows += [[name, f"{rate / 1e6:.2f} M tokens/s", "", "peer"] for name, rate in rates.items() if name not in bars]
@@ -122,24 +209,53 @@ def reading(found: Json) -> str:
         "To ready tensors on one core, batches of 8 rows of 4,096 tokens. The peers read uncompressed counts, "
         "unchecked, `datasets` from memory.\n\n"
         + table(["", "found", "bar", ""], rows)
-        + "\n![finding rows](images/bench_order.svg)\n"
+        + f"\n{eight_gpus(found)}\n\n![finding rows](images/{plots}_order.svg)\n"
     )
 
 
-SECTIONS: dict[str, Callable[[Json], str]] = {
+def eight_gpus(found: Json, students: tuple[float, ...] = (300e6, 3e9), flops: float = 0.4 * 989e12) -> str:
+    """What 8 H100s at 40 % of their bf16 peak would wait, by arithmetic: 6 FLOPs a parameter and token, one reading
+    process a GPU, batches of 8 rows of 4,096 tokens, handed over as slowly as the demo's step found them to be."""
+    waits, rate = found["waits"], found["tokens_per_second"]["split"]
+    hand_over = waits["read ahead, wall"] * waits["read ahead, ms a step"] / 1e3
+    parts = []
+    for parameters in students:
+        needed = flops / (6 * parameters)
+        busy, share = needed / rate, hand_over * needed / (8 * 4096)
+        late = max(0.0, 1 - 1 / busy)  # of the time, where one core reads more slowly than a GPU trains
+        parts.append(
+            f"{parameters / 1e9:g}B parameters take {8 * needed / 1e6:.2f} M tokens/s, {busy:.1%} of one core a "
+            f"GPU with `split`, and wait {max(late, share):.2%} of the time"
+        )
+    return (
+        "On 8 H100s, by arithmetic from these rates (40 % of 989 TFLOP/s, 6 FLOPs a parameter and token, one process a "
+        f"GPU reading ahead, {1e3 * hand_over:.2f} ms to hand a batch over as in the demo): "
+        + "; ".join(parts)
+        + ". Not measured."
+    )
+
+
+SECTIONS: dict[str, Callable[[Json, str], str]] = {
     "losses": losses,
+    "losses_large": losses,
     "samplers": samplers,
     "capture": capture,
     "reading": reading,
 }
-TITLES = {"losses": "The loss", "samplers": "Sampling", "capture": "Capture", "reading": "Reading"}
+TITLES = {
+    "losses": "The loss",
+    "losses_large": "The loss, larger",
+    "samplers": "Sampling",
+    "capture": "Capture",
+    "reading": "Reading",
+}
 
 
 # --- plots --------------------------------------------------------------------------------------------------
 
 
-def plots(results: dict[str, Json], folder: Path) -> None:
-    """Cost against V and N, and against the size of a cache."""
+def plots(results: dict[str, Json], folder: Path, prefix: str) -> None:
+    """Cost against T, H, V, K and N, and against the size of a cache."""
     try:
         import matplotlib
 
@@ -149,6 +265,18 @@ def plots(results: dict[str, Json], folder: Path) -> None:
         return
     plt.rcParams["svg.hashsalt"] = "sparsekd"
     folder.mkdir(parents=True, exist_ok=True)
+    curves = results.get("losses", {}).get("curves")
+    if curves:
+        figure, axes = plt.subplots(1, 4, figsize=(13, 3.2), layout="constrained", sharey=True)
+        labels = {"tokens": "tokens T", "hidden": "hidden size H", "vocab": "vocabulary V", "kept": "labels a token K"}
+        for axis, (key, points) in zip(axes, curves.items(), strict=True):
+            for name in points[0]["variants"]:
+                cost = [point["variants"][name]["us_per_token"] for point in points]
+                axis.loglog([point[key] for point in points], cost, "o-", label=name)
+            axis.set(xlabel=labels[key])
+        axes[0].set(ylabel="µs a token")
+        axes[-1].legend(fontsize=7)
+        figure.savefig(folder / f"{prefix}_losses.svg", metadata={"Date": None})
     found = results.get("samplers", {})
     if "by_vocab" in found:
         figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
@@ -159,53 +287,55 @@ def plots(results: dict[str, Json], folder: Path) -> None:
         ):
             for name in names:
                 axis.loglog([c[key] for c in columns], [c["us_per_position"][name] for c in columns], "o-", label=name)
-            axis.set(xlabel=label, ylabel="CPU µs a position")
+            axis.set(xlabel=label, ylabel="µs a position")
         left.legend(fontsize=8)
-        figure.savefig(folder / "bench_sampling.svg", metadata={"Date": None})
+        figure.savefig(folder / f"{prefix}_sampling.svg", metadata={"Date": None})
     found = results.get("reading", {})
     if "order_us" in found:
         figure, axis = plt.subplots(figsize=(4.5, 3), layout="constrained")
         axis.semilogx([float(size) for size in found["order_us"]], list(found["order_us"].values()), "o-")
         axis.set(xlabel="rows of the cache", ylabel="µs to find 64 rows", ylim=(0, None))
-        figure.savefig(folder / "bench_order.svg", metadata={"Date": None})
+        figure.savefig(folder / f"{prefix}_order.svg", metadata={"Date": None})
 
 
 # --- the page -----------------------------------------------------------------------------------------------
 
 
-def page(results: dict[str, Json], note: str) -> str:
+def page(results: dict[str, Json], note: str, kind: Page = PAGES["cpu"]) -> str:
     facts: Json = next((each["machine"] for each in results.values() if "machine" in each), {})
     versions = ", ".join(f"{name} {value}" for name, value in facts.items() if value is not None)
     absent = ", ".join(name for name, value in facts.items() if value is None)
     parts = [
         "# Benchmarks\n",
-        "Written by `make bench`: each figure is a ratio within one run, variants in turn, CPU seconds, medians, fp32, "
-        f"one thread. {note}\n",
+        f"{kind.method} {note}\n",
         f"Machine: {versions}." + (f" Not installed, so not compared: {absent}." if absent else "") + "\n",
-        "Not compared: Liger's kernels are Triton's and need a GPU. Nothing here has run on one yet.\n",
     ]
+    if "accelerator" not in facts:
+        parts.append("Not compared: Liger's kernels are Triton's and need a GPU. Nothing here has run on one yet.\n")
     for name, found in results.items():
-        body = f"Did not run: {found['failed']}\n" if "failed" in found else SECTIONS[name](found)
+        body = f"Did not run: {found['failed']}\n" if "failed" in found else SECTIONS[name](found, kind.plots)
         parts.append(f"## {TITLES[name]}\n\n{body}")
     return "\n".join(parts)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=PAGES)
     parser.add_argument("--out", type=Path, default=HERE.parent / "docs")
-    parser.add_argument("--only", default=",".join(RUNS), help="some of: " + ", ".join(RUNS))
+    parser.add_argument("--only", help="some of: " + ", ".join(SECTIONS) + "; the others stay as they were")
     parser.add_argument("--note", default="")
     a = parser.parse_args()
-    record = a.out / "benchmarks.json"
+    kind = PAGES[a.device]
+    record = a.out / f"{kind.file}.json"
     results: dict[str, Json] = json.loads(record.read_text()) if record.exists() else {}
-    for name in a.only.split(","):
+    for name in a.only.split(",") if a.only is not None else kind.runs:
         print(f"{name} ...", flush=True)
-        results[name] = run(name, RUNS[name])
-    results = {name: results[name] for name in RUNS if name in results}
+        results[name] = run(*kind.runs[name])
+    results = {name: results[name] for name in kind.runs if name in results}
     a.out.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps(results, indent=1) + "\n")
-    plots(results, a.out / "images")
-    (a.out / "benchmarks.md").write_text(page(results, a.note))
+    plots(results, a.out / "images", kind.plots)
+    (a.out / f"{kind.file}.md").write_text(page(results, a.note, kind))
 
 
 if __name__ == "__main__":
