@@ -38,13 +38,13 @@ LINES: dict[str, tuple[Arm, ...]] = {
     "Random sampling": tuple(drawn(n) for n in (6, 12, 50)),
     "Systematic": tuple(
         Arm(label=f"Systematic {n}", sampler={"name": "systematic", "rounds": n}, codec="split")
-        for n in (6, 12, 25, 50)
+        for n in (6, 12, 30, 50)
     ),
 }
 ARMS = tuple(arm for arms in LINES.values() for arm in arms)
 CLAIMS = (
     *(Claim(better=f"Systematic {n}", worse=f"Random sampling {n}") for n in (6, 12, 50)),
-    Claim(better="Systematic 6", worse="Top-K 300"),
+    Claim(better="Systematic 6", worse="Top-K 50"),
 )
 _CELL = Mapping[str, Cell | None]
 
