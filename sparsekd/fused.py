@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparsekd.fused_chunks import FAST_ON_CPU, Gradients, Wanted, loss_and_gradients
-from sparsekd.fused_parallel import VocabularyShard
+from sparsekd.fused_parallel import VocabularyShard, gathered
 from sparsekd.losses import LossWords, kept_positions, safe_labels
 from sparsekd.row_losses import HeadForm, LossOptions, prepare
 from sparsekd.targets import SparseTargets
@@ -46,7 +46,8 @@ def fused_linear_sparse_kl(
     has no instructions for that dtype), softmax and the sum of the head's gradient in float32. Ignored positions are
     left out before the first product; on an accelerator only if `labels` are on the CPU, as nothing waits for a device.
 
-    One node under `torch.compile`; works under gradient checkpointing and DDP. No second derivative, and one backward:
+    One node under `torch.compile`; works under gradient checkpointing, DDP and FSDP2 (a
+    head that is a DTensor is gathered for the step). No second derivative, and one backward:
     it scales the gradients in place.
 
     Args:
@@ -65,6 +66,9 @@ def fused_linear_sparse_kl(
     Raises:
         ValueError: shapes or options that do not fit together.
     """
+    if accumulate_into is not None and hasattr(head_VH, "device_mesh"):
+        raise ValueError("accumulate_into takes a plain head, this one is a DTensor (FSDP): leave accumulate_into out")
+    head_VH, bias = gathered(head_VH), gathered(bias)
     settings = LossOptions(**options)
     if settings.reduction == "none":
         raise ValueError("reduction='none' is not one of mean, sum; sparse_kl on logits offers 'none'")

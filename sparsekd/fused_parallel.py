@@ -3,6 +3,9 @@
 Shapes: C rows of a chunk, J reads of a row. What travels is one all-gather a chunk of a few numbers a row
 (largest logit, sum of exponentials, Σ sparse z) and, once a step, the sum of dhidden.
 
+`gathered` is the other way to hold parts, FSDP2's: the whole head is put together for the step, each process has its
+own positions.
+
     shard = VocabularyShard(group=group, start=rank * V // world, vocab_size=V)
     fused_linear_sparse_kl(hidden, own_rows_of_head, targets, shard=shard)        # the same loss in every process
 """
@@ -20,6 +23,23 @@ from sparsekd.row_losses import Rows, Seen
 
 # What is known of a row after one pass over its logits, and travels.
 NUMBERS = ("largest", "total", "dot", "hard_total", "rest")
+
+
+def gathered(tensor: Any) -> Any:
+    """The whole of a parameter that is a DTensor (FSDP2 of the head as a group of its own); any other as it is.
+
+    Equals `tensor.full_tensor()`, whose gradient goes back to the parts as the mean over the processes: what FSDP2 does
+    with every parameter, and no change where all processes made the same (a tensor-parallel head).
+    """
+    if not hasattr(tensor, "device_mesh"):
+        return tensor
+    from torch.distributed.tensor import Partial
+
+    mesh = tensor.device_mesh
+    whole = tensor.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    if whole.requires_grad:  # divided before it is summed: gloo has no mean
+        whole.register_hook(lambda gradient: gradient / mesh.size())
+    return whole
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

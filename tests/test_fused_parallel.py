@@ -1,4 +1,6 @@
-"""Two gloo processes: a head split by vocabulary gives the loss and gradients of the whole one; DDP averages them."""
+"""Two gloo processes: a head split by vocabulary gives the loss and gradients of the whole one; DDP averages them.
+
+So does FSDP2, with the head in the root's group or in one of its own."""
 
 from __future__ import annotations
 
@@ -9,8 +11,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from test_fused import H, N, V, example
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import sparsekd as skd
+from sparsekd import models
 from sparsekd.fused_parallel import VocabularyShard
 from sparsekd.residuals import RESIDUALS
 from sparsekd.row_losses import Rows
@@ -63,6 +69,60 @@ def check_ddp(rank):
         torch.testing.assert_close(two.grad, one.grad, atol=1e-6, rtol=1e-5)
 
 
+def tiny_student(tied):
+    torch.manual_seed(0)
+    shape = {"family": "tiny", "tie_word_embeddings": tied}
+    return skd.attach_sparse_kd(models.new_student(shape, vocab_size=V, seq_len=16).train(), ce_weight=0.1)
+
+
+def tiny_batch(rows=slice(None)):
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(V, (4, 12), generator=generator)
+    labels = ids.clone()
+    labels[:, 0] = labels[1, 5:] = -100  # the processes' halves have unequal numbers of positions that count
+    batch = {
+        "input_ids": ids,
+        "labels": labels,
+        "kd_ids": torch.randint(V, (4, 11, 5), generator=generator),
+        "kd_weights": torch.rand(4, 11, 5, generator=generator),
+    }
+    return {name: each[rows] for name, each in batch.items()}
+
+
+def check_fsdp(rank, tied, head_apart):
+    mesh, items = init_device_mesh("cpu", (2,)), 37
+    alone, sharded = tiny_student(tied), tiny_student(tied)
+    for layer in sharded.model.layers:
+        fully_shard(layer, mesh=mesh)
+    if head_apart:
+        fully_shard(sharded.lm_head, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    for _ in range(2):  # the second step adds to the first's gradients
+        whole = alone(**tiny_batch(), num_items_in_batch=items).loss
+        whole.backward()
+        part = sharded(**tiny_batch(slice(2 * rank, 2 * rank + 2)), num_items_in_batch=items).loss
+        (2 * part).backward()  # FSDP takes the mean over processes
+    both = part.detach().clone()
+    dist.all_reduce(both)
+    torch.testing.assert_close(both, whole.detach())
+    assert isinstance(sharded.lm_head.weight, DTensor)
+    for (name, one), two in zip(alone.named_parameters(), sharded.parameters(), strict=True):
+        assert one.grad.any(), name
+        torch.testing.assert_close(two.grad.full_tensor(), one.grad, atol=1e-6, rtol=1e-5)
+    if head_apart:
+        head, into, hidden = sharded.lm_head.weight, torch.zeros(V, 64), torch.ones(N, 64)
+        with pytest.raises(ValueError, match="accumulate_into takes a plain head"):
+            skd.fused_linear_sparse_kl(hidden, head, example()[3], accumulate_into=into)
+
+
+def process_fsdp(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    for tied, head_apart in ((True, False), (False, False), (False, True)):
+        check_fsdp(rank, tied, head_apart)
+    dist.destroy_process_group()
+
+
 def process(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
@@ -73,8 +133,13 @@ def process(rank, folder):
 
 
 def test_two_processes_are_one(tmp_path):
-    """Every residual and option: loss, dh, dW and db agree to 1e-10 in both processes, from head rows [0, 31), [31, V)."""
+    """Every residual and option: loss, dh, dW and db agree to 1e-10 in both processes, head rows [0, 31), [31, V)."""
     mp.spawn(process, args=(str(tmp_path),), nprocs=2)
+
+
+def test_fsdp_trains_like_one_process(tmp_path):
+    """FSDP2 with a tied head, an untied one, and one that is a group of its own, hence a DTensor in the loss."""
+    mp.spawn(process_fsdp, args=(str(tmp_path),), nprocs=2)
 
 
 def test_rows_outside_the_vocabulary_are_refused():
