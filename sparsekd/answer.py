@@ -47,7 +47,7 @@ def answer(
     source=out/answers.jsonl` makes rows of the model's own text.
 
     Args:
-        model: a folder that save_pretrained wrote, or a model's id.
+        model: a folder that save_pretrained wrote, or a model's id; decoder-only or encoder-decoder.
         prompts: JSON lines in one of the shapes that `kind` names.
         out: the folder that takes both files.
         kind: dolly (instruction, context, response), selfinst, vicuna, sni, unni, or auto: what the first record
@@ -76,7 +76,8 @@ def answer(
     questions = load_prompts(prompts, kind=kind, min_response_words=min_response_words, limit=limit, seed=seed)
     measures = SCORES if any(each.reference for each in questions) else {}
     scorers = {name: make() for name, make in measures.items()}  # a missing package shows before the first answer
-    opened, words = models.open_model(model, dtype=dtype, device=device), vocab.load_tokenizer(tokenizer or model)
+    opened = models.open_answering_model(model, dtype=dtype, device=device)
+    words = vocab.load_tokenizer(tokenizer or model)
     folder, given = make_folder(out), []
     for start in range(0, len(questions), batch_size):
         batch = questions[start : start + batch_size]

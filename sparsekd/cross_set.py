@@ -11,6 +11,7 @@ from sparsekd.codec import CODECS, CURVES
 from sparsekd.errors import MismatchError, RecipeError, SourceError
 from sparsekd.overlay import OverlaidRows
 from sparsekd.packed import RowsReader
+from sparsekd.prompted import PromptedRows
 from sparsekd.retokenise import pair_of
 from sparsekd.training_set import TrainingSet
 
@@ -18,7 +19,8 @@ from sparsekd.training_set import TrainingSet
 def open_cross_set(cache: str | None, tokenizer: str | None, student: Any, max_length: int | None) -> TrainingSet:
     """The rows of a cache of sorted curves in the tokens of `tokenizer` (default: the student checkpoint's own).
 
-    Rows are cut to `max_length` student tokens, by default twice as many as the teacher's have.
+    Rows are cut to `max_length` student tokens, by default twice as many as the teacher's have. Of an encoder-decoder
+    checkpoint they are the answers in the cache's rows, with their prompts.
 
     Raises:
         RecipeError: no cache or tokenizer given, or a cache of sampled targets.
@@ -46,8 +48,9 @@ def open_cross_set(cache: str | None, tokenizer: str | None, student: Any, max_l
         "name": vocab.name_of(own),
     }
     spec, length = reader.spec, max_length or 2 * reader.spec.seq_len
+    kind = PromptedRows if models.is_encoder_decoder(student) else OverlaidRows
     return TrainingSet(
-        rows=OverlaidRows(reader, pair_of(theirs, own, spec.logit_width), length),
+        rows=kind(reader, pair_of(theirs, own, spec.logit_width), length),
         home=Path(cache),
         seq_len=length,
         logit_width=described["vocab_size"],
@@ -76,6 +79,11 @@ def open_cross_heldout(eval_rows: str | None, data: TrainingSet) -> RowsReader |
     """Held-out rows in the student's tokens, of any length that it reads."""
     if eval_rows is None:
         return None
+    if isinstance(data.rows, PromptedRows):
+        raise RecipeError(
+            f"eval_rows={eval_rows} are packed rows, which an encoder-decoder student does not read; leave it out and "
+            "judge the student with `sparsekd answer`"
+        )
     heldout = RowsReader(eval_rows, "heldout")
     wanted = data.tokenizer["hash"]
     if heldout.tokenizer_hash != wanted:

@@ -18,6 +18,7 @@ from torch import Tensor
 from sparsekd.alm import alm
 from sparsekd.models import inner_model
 from sparsekd.overlay import Overlaid, OverlaidRow
+from sparsekd.prompted import PromptedRow
 from sparsekd.sketch import SortedCurve
 from sparsekd.student import SparseKDCollator
 from sparsekd.uld import IGNORED, PAIRINGS, Tokenized, uld
@@ -138,7 +139,8 @@ class CrossCollator:
     """`OverlaidRow`s -> a batch for `attach_cross_kd`, padded on the right; packed rows (evaluation) as for others.
 
     input_ids, labels, starts and ends are [B, S]; teacher_labels, _starts, _ends and _log_p [B, T];
-    teacher_curve [B, T, C]. Nothing attends to the padding of a causal model, and its labels are -100.
+    teacher_curve [B, T, C]. Nothing attends to the padding of a causal model, and its labels are -100. Of
+    `PromptedRow`s, input_ids and attention_mask are the prompts' [B, E].
     """
 
     def __init__(self, *, pad_id: int = 0) -> None:
@@ -149,8 +151,7 @@ class CrossCollator:
             return SparseKDCollator(with_targets=False)(rows)
         student, teacher = [row.student for row in rows], [row.teacher for row in rows]
         return {
-            "input_ids": _stacked([each.ids for each in student], self.pad_id),
-            "labels": _stacked([_labels(each) for each in student], IGNORED),
+            **self._read(rows),
             "starts": _stacked([each.starts for each in student], -1),
             "ends": _stacked([each.ends for each in student], -1),
             "teacher_labels": _stacked([_labels(each) for each in teacher], IGNORED),
@@ -158,6 +159,22 @@ class CrossCollator:
             "teacher_ends": _stacked([each.ends for each in teacher], -1),
             "teacher_log_p": _stacked([row.log_p for row in rows], 0.0),
             "teacher_curve": _stacked([row.curve for row in rows], 0.0),
+        }
+
+    def _read(self, rows: Sequence[OverlaidRow]) -> dict[str, Tensor]:
+        """What the student reads and learns: the same tokens, or a prompt and its answer, whose first one counts."""
+        prompts = [row.prompt for row in rows if isinstance(row, PromptedRow)]
+        if not prompts:
+            labels = [_labels(row.student) for row in rows]
+            return {
+                "input_ids": _stacked([row.student.ids for row in rows], self.pad_id),
+                "labels": _stacked(labels, IGNORED),
+            }
+        answers = [np.where(row.student.supervised, row.student.ids, IGNORED) for row in rows]
+        return {
+            "input_ids": _stacked(prompts, self.pad_id),
+            "attention_mask": _stacked([np.ones(len(prompt), np.int64) for prompt in prompts], 0),
+            "labels": _stacked(answers, IGNORED),
         }
 
 

@@ -87,26 +87,29 @@ def respond(
     response only through the rounding of logits. Ids that the tokenizer does not have are never drawn.
 
     Args:
-        prompts: ids of each; they are padded on the left.
+        prompts: ids of each; they are padded on the left. An encoder reads them ended by EOS, as it was trained to.
         temperature: 0 takes the likeliest token.
         items: [B] numbers of `instructions.item_number`: equal ones draw equal uniforms.
     """
     ends = end_tokens(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
-    ids_BT, mask_BT = _left_padded(prompts, pad)
+    apart = bool(getattr(model.config, "is_encoder_decoder", False))
+    ending = [tokenizer.eos_token_id] if apart and tokenizer.eos_token_id is not None else []
+    ids_BT, mask_BT = _left_padded([[*prompt, *ending] for prompt in prompts], pad)
+    begin = 1 if apart else ids_BT.shape[1]  # a decoder apart has one token of its own before the response
     device = next(model.parameters()).device
     width = vocab.vocab_size(tokenizer)
     rows = torch.tensor(items, dtype=torch.int64, device=device)
 
     def draw(so_far_BT: Tensor, logits_BV: Tensor) -> Tensor:
-        steps = torch.full_like(rows, so_far_BT.shape[1] - ids_BT.shape[1])
+        steps = torch.full_like(rows, so_far_BT.shape[1] - begin)
         uniforms_B = Keys(seed=seed, rows=rows, positions=steps).uniforms(1)[:, 0]
         known_BV = logits_BV[:, :width]
         drawn_B = known_BV.argmax(-1) if temperature == 0 else invert(known_BV / temperature, uniforms_B)
         return torch.full_like(logits_BV, -torch.inf).scatter(1, drawn_B[:, None], 0.0)
 
     out_BT = _generate(model, ids_BT.to(device), mask_BT.to(device), draw, sorted(ends), pad, max_new_tokens)
-    return [_response(tokenizer, row, ends) for row in out_BT[:, ids_BT.shape[1] :].tolist()]
+    return [_response(tokenizer, row, ends) for row in out_BT[:, begin:].tolist()]
 
 
 def invert(logits_BV: Tensor, uniforms_B: Tensor) -> Tensor:
@@ -139,7 +142,12 @@ def _generate(
     from transformers import GenerationConfig, LogitsProcessorList
 
     settings = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, eos_token_id=ends, pad_token_id=pad
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=ends,
+        pad_token_id=pad,
+        decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
     )
     own, model.generation_config = model.generation_config, settings  # else its unset values come from the checkpoint
     try:

@@ -109,6 +109,32 @@ def open_model(path: str, *, dtype: str = "float32", device: str | None = None) 
     """
     from transformers import AutoModelForCausalLM
 
+    return _open(path, AutoModelForCausalLM, "a causal language model", dtype=dtype, device=device)
+
+
+def open_answering_model(path: str, *, dtype: str = "float32", device: str | None = None) -> Any:
+    """As `open_model`, or an encoder-decoder: a model that answers prompts."""
+    from transformers import AutoModelForSeq2SeqLM
+
+    if is_encoder_decoder(path):
+        return _open(path, AutoModelForSeq2SeqLM, "an encoder-decoder", dtype=dtype, device=device)
+    return open_model(path, dtype=dtype, device=device)
+
+
+def is_encoder_decoder(student: Any) -> bool:
+    """Whether a student is the checkpoint of an encoder-decoder; what cannot be opened is none."""
+    from transformers import AutoConfig
+
+    if not isinstance(student, str) or student in FAMILY:
+        return False
+    try:
+        config = AutoConfig.from_pretrained(str(Path(student).expanduser()))
+    except Exception:  # opening the model says what is wrong
+        return False
+    return bool(getattr(config, "is_encoder_decoder", False))
+
+
+def _open(path: str, kind: Any, words: str, *, dtype: str, device: str | None) -> Any:
     if dtype not in DTYPES:
         raise RecipeError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
     device = check_device(device)
@@ -117,12 +143,12 @@ def open_model(path: str, *, dtype: str = "float32", device: str | None = None) 
             f"no model at {path}: the folder does not exist; give one that save_pretrained wrote, or an id"
         )
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(Path(path).expanduser()), dtype=DTYPES[dtype])
+        model = kind.from_pretrained(str(Path(path).expanduser()), dtype=DTYPES[dtype])
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # OSError, ValueError, KeyError, SafetensorError, hub errors: no common class
         raise ModelError(
-            f"cannot open {path!r} as a causal language model: {_first_line(error)}; give a folder that "
+            f"cannot open {path!r} as {words}: {_first_line(error)}; give a folder that "
             "save_pretrained wrote, or a model's id"
         ) from error
     return model.to(device).eval()

@@ -17,7 +17,7 @@ from itertools import pairwise
 import numpy as np
 
 from .align import last_start_before
-from .cache import CacheReader
+from .cache import CacheReader, Row
 from .retokenise import Cut, Pair, Stretch, cut_texts, stretches
 
 
@@ -62,11 +62,9 @@ class OverlaidRows:
         row = self.reader[index]
         assert row.targets.curve is not None
         student, teacher = overlay(row.input_ids, row.starts, row.supervised, self.pair)
-        kept = row.supervised[1:]
-        log_p = np.zeros(len(row.input_ids), np.float32)
-        log_p[:-1][kept] = np.log(row.targets.weights[kept, 0])
         curve = np.pad(row.targets.curve, ((0, 1), (0, 0)))
-        return OverlaidRow(student=_head(student, self.max_length), teacher=teacher, log_p=log_p, curve=curve)
+        log_p = log_probabilities(row)
+        return OverlaidRow(student=head_of(student, self.max_length), teacher=teacher, log_p=log_p, curve=curve)
 
     def close(self) -> None:
         """Let the reader's files go."""
@@ -166,7 +164,16 @@ def _join(pieces: list[Overlaid]) -> Overlaid:
     )
 
 
-def _head(tokens: Overlaid, most: int | None) -> Overlaid:
+def log_probabilities(row: Row) -> np.ndarray:
+    """[T] float32, natural logarithm of the probability of token t+1; 0 where it is not supervised."""
+    kept = row.supervised[1:]
+    log_p = np.zeros(len(row.input_ids), np.float32)
+    log_p[:-1][kept] = np.log(row.targets.weights[kept, 0])
+    return log_p
+
+
+def head_of(tokens: Overlaid, most: int | None) -> Overlaid:
+    """The first tokens."""
     return Overlaid(
         ids=tokens.ids[:most],
         starts=tokens.starts[:most],

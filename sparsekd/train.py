@@ -18,6 +18,7 @@ from sparsekd.divergences import DIVERGENCES, check_sparse_divergence
 from sparsekd.errors import MismatchError, RecipeError
 from sparsekd.files import write_json
 from sparsekd.overlay import OverlaidRows
+from sparsekd.prompted import PromptedRows
 from sparsekd.residuals import RESIDUALS
 from sparsekd.student import CacheDataset, SparseKDCollator, attach_full_kd, attach_sparse_kd, pace, student_trainer
 from sparsekd.training_set import (
@@ -115,7 +116,8 @@ def train(
     and `metrics.json`; run the same call again to resume at exactly the next row after the last checkpoint.
 
     Args:
-        student: a name of `models.FAMILY`, a dict of sizes, or a checkpoint (path or hub id).
+        student: a name of `models.FAMILY`, a dict of sizes, or a checkpoint (path or hub id); for "uld" and "alm" also
+            an encoder-decoder, which learns the answers of instruction rows.
         cache: the training set: rows and targets.
         rows: plain packed rows instead, for "ce" and "full_kd".
         method: "cached" learns what the cache holds, "ce" the next token, "full_kd" an online `teacher`; "uld" and
@@ -236,7 +238,10 @@ def _open_student(student: Any, data: TrainingSet, seed: int, *, under_teacher: 
     import transformers
 
     transformers.set_seed(seed)
-    model = models.new_student(student, vocab_size=data.logit_width, seq_len=data.seq_len)
+    if isinstance(data.rows, PromptedRows):
+        model = models.open_answering_model(student, device="cpu").train()
+    else:
+        model = models.new_student(student, vocab_size=data.logit_width, seq_len=data.seq_len)
     check_student(model, student, data, under_teacher=under_teacher)
     return model
 

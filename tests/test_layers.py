@@ -67,6 +67,7 @@ LAYERS: dict[str, set[str]] = {
         "align",
         "retokenise",
         "overlay",
+        "prompted",
         "redraw",
         "transcoding",
         "spool",
