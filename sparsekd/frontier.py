@@ -176,13 +176,20 @@ def plot_frontier(result: Result) -> Any:
             lower.plot(x, [data["angle"][name] for name in names], "o-", color=colour, markersize=6, label=line)
             for name, at, angle in zip(names, x, (data["angle"][name] for name in names), strict=True):
                 size = name.rsplit(" ", 1)[1]
-                lower.annotate(size, (at, angle), (4, 6), textcoords="offset points", color=colour, fontsize=10.5)
+                aside = (-16, -12) if line == "Systematic" else (4, 6)
+                lower.annotate(size, (at, angle), aside, textcoords="offset points", color=colour, fontsize=10.5)
         upper.axhline(100, color=plots.PALETTE["muted"], linewidth=1, linestyle="--")
         upper.set_ylim(bottom=max(-150, min(v for v in data["gap"].values() if v is not None)) - 10)
-        for axes in (upper, lower):
-            axes.set_xscale("log")
-        lower.set_yscale("log")
-        lower.legend(frameon=False)
+        names = [arm.label for arm in LINES["Random sampling"] if arm.label in data["split"]]
+        x, dashed = [data["split"][name] for name in names], {"color": plots.PALETTE["rs"], "linestyle": "--"}
+        upper.plot(x, [data["gap"][name] for name in names], linewidth=1, **dashed)
+        lower.plot(x, [data["angle"][name] for name in names], linewidth=1, label="Random sampling by split", **dashed)
+        plots.log_axes(lower)
+        upper.set_xscale("log")
+        upper.set_xlim(lower.get_xlim())
+        upper.set_xticks(lower.get_xticks(), [])
+        upper.set_xticks([], minor=True)
+        lower.legend(frameon=False, loc="center right")
         plots.axis_names(upper, "", "gap from CE to FullKD closed, %")
         plots.axis_names(lower, "bytes per token, input ids included", "gradient angle, degrees")
         return figure

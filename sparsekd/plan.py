@@ -270,19 +270,8 @@ def plan_figure(result: Mapping[str, Any]) -> Any:
         best = result["options"][result["chosen"]]
         ring = {"markersize": 13, "markerfacecolor": "none", "color": plots.PALETTE["ink"], "linestyle": "none"}
         axes.plot(best["bytes"], best[value], "o", label=f"chosen: {label(best['sampler'])}", **ring)
-        _log_axes(axes)
+        plots.log_axes(axes)
         axes.legend(frameon=False)
         words = "degrees from the full gradient"
         plots.axis_names(axes, "bytes per token", words if value == "angle" else "squared error")
         return figure
-
-
-def _log_axes(axes: Any) -> None:
-    """Logarithmic axes with plain numbers at 1, 2 and 5 times the powers of ten."""
-    for axis, limits in ((axes.xaxis, axes.get_xlim), (axes.yaxis, axes.get_ylim)):
-        getattr(axes, f"set_{axis.axis_name}scale")("log")
-        low, high = limits()
-        steps = [digit * 10.0**power for power in range(-9, 12) for digit in (1, 2, 5)]
-        inside = [step for step in steps if low <= step <= high]
-        axis.set_ticks(inside, [f"{step:g}" for step in inside])
-        axis.set_ticks([], minor=True)

@@ -293,6 +293,17 @@ def axis_names(axes: Any, x: str, y: str) -> None:
     axes.set_ylabel(y, color=PALETTE["muted"], labelpad=5)
 
 
+def log_axes(axes: Any) -> None:
+    """Logarithmic axes with plain numbers at 1, 2 and 5 times the powers of ten."""
+    for axis, limits in ((axes.xaxis, axes.get_xlim), (axes.yaxis, axes.get_ylim)):
+        getattr(axes, f"set_{axis.axis_name}scale")("log")
+        low, high = limits()
+        steps = [digit * 10.0**power for power in range(-9, 12) for digit in (1, 2, 5)]
+        inside = [step for step in steps if low <= step <= high]
+        axis.set_ticks(inside, [f"{step:g}" for step in inside])
+        axis.set_ticks([], minor=True)
+
+
 def legend(axes: Any, entries: Sequence[tuple[str, str]], *, right: float, top: float) -> None:
     """Names in their palette colours, one below the other, ending at a place given in shares of the axes."""
     height = axes.get_window_extent().height * 72 / axes.figure.dpi
