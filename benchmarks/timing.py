@@ -54,7 +54,7 @@ def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
     return {name: statistics.median(spent) for name, spent in seconds.items()}
 
 
-PACKAGES = ("torch", "numpy", "transformers", "pyarrow", "datasets", "zstandard", "triton")
+PACKAGES = ("torch", "numpy", "transformers", "pyarrow", "datasets", "zstandard", "numba", "triton")
 # Packages that a figure is compared with where they run: on a GPU.
 PEERS = ("liger-kernel", "cut-cross-entropy")
 

@@ -104,6 +104,17 @@ def test_on_an_accelerator_the_clock_waits_for_what_was_queued(monkeypatch):
     assert timing.clock_for("cpu") is timing.time.process_time
 
 
+def test_a_gpus_peak_is_beyond_inputs_and_gradients(monkeypatch):
+    """7 bytes over what was there and the two gradients that were made; none for a head whose gradient is elsewhere."""
+    gradients = 4 * SIZES.hidden * (SIZES.tokens + SIZES.vocab)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 100)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 107 + gradients)
+    assert losses.cuda_growth("fused_linear_sparse_kl", SIZES) == 7
+    into = losses.cuda_growth("fused, gradient into head.grad", SIZES)
+    assert into == 7 + 4 * SIZES.hidden * SIZES.vocab
+
+
 def test_every_way_to_the_same_loss_gives_the_same_loss():
     """All variants of one equation agree, peers and formulas of peers included, and every one gives both gradients."""
     x = losses.make(SIZES)
