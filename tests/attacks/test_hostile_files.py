@@ -6,25 +6,27 @@ import json
 import shutil
 import struct
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from crc32c import crc32c
 
 from sparsekd.cache import CacheReader, CacheSpec, CacheWriter, RowRecord, verify
-from sparsekd.codec import FlatTargets, default_codec
+from sparsekd.codec import FlatTargets, codec_spec
 from sparsekd.errors import CacheError, FormatError, IncompleteError, MismatchError, SparseKDError, VersionError
 from sparsekd.files import canonical_json
 from sparsekd.manifest import MANIFEST, shard_name
 from sparsekd.shard import ShardReader
 
 VOCAB, SEQ_LEN, ROUNDS = 20, 4, 3
+INDEX = ("offsets", "crc32c", "input_hash", "id_rank")  # what a shard's own checksum covers beside its header
 SPEC = CacheSpec(
     rows=2,
     seq_len=SEQ_LEN,
     shard_rows=2,
     logit_width=VOCAB,
-    codec=default_codec(ROUNDS, VOCAB),
+    codec=codec_spec("raw24", rounds=ROUNDS, logit_width=VOCAB),
     sampler={},
     teacher={},
     tokenizer={},
@@ -43,10 +45,11 @@ def make_record(row):
     return RowRecord(input_ids=np.arange(SEQ_LEN) + row, targets=targets, **masks)
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory):
+@pytest.fixture(scope="module", params=["raw24", "split"])
+def original(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("attack") / "cache"
-    writer = CacheWriter(folder, SPEC)
+    codec = codec_spec(request.param, rounds=ROUNDS, logit_width=VOCAB)
+    writer = CacheWriter(folder, replace(SPEC, codec=codec))
     writer.write(0, [make_record(0), make_record(1)])
     writer.finalize()
     return folder
@@ -81,7 +84,7 @@ def resealed(header, data, change=lambda ours: None):
     """The header with our own part changed and its checksum computed anew, as a clever attacker would."""
     ours = json.loads(header["__metadata__"]["sparsekd"])["header"]
     change(ours)
-    parts = [bytes(data[slice(*header[name]["data_offsets"])]) for name in ("offsets", "crc32c", "input_hash")]
+    parts = [bytes(data[slice(*header[name]["data_offsets"])]) for name in INDEX if name in header]
     crc = crc32c(canonical_json(ours) + b"".join(parts))
     header["__metadata__"]["sparsekd"] = canonical_json({"header": ours, "crc32c": crc}).decode()
     return header
