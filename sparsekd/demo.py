@@ -35,8 +35,8 @@ METHODS: dict[str, Arm] = {
     ),
     "systematic": Arm(
         name="systematic",
-        label="Systematic N=30",
-        sampler={"name": "systematic", "rounds": 30},
+        label="Systematic N=50",
+        sampler={"name": "systematic", "rounds": 50},
         codec="split",
     ),
     "full_kd": Arm(name="full_kd", label="Full KD (online teacher)", train={"method": "full_kd"}),

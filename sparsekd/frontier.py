@@ -44,6 +44,7 @@ LINES: dict[str, tuple[Arm, ...]] = {
 ARMS = tuple(arm for arms in LINES.values() for arm in arms)
 CLAIMS = (
     *(Claim(better=f"Systematic {n}", worse=f"Random sampling {n}") for n in (6, 12, 50)),
+    Claim(better="Systematic 30", worse="Random sampling 50"),
     Claim(better="Systematic 6", worse="Top-K 50"),
 )
 _CELL = Mapping[str, Cell | None]

@@ -120,7 +120,7 @@ def random_sampling(
 
 
 def systematic(
-    logits_NV: Tensor, keys: Keys, *, rounds: int = 30, temperature: float = 1.0, normalize: bool = False
+    logits_NV: Tensor, keys: Keys, *, rounds: int = 50, temperature: float = 1.0, normalize: bool = False
 ) -> SparseTargets:
     """R evenly spaced draws from q ∝ p^temperature: one uniform u a position, points (u + j) / R, j = 0 .. R-1.
 

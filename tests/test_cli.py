@@ -135,7 +135,7 @@ REFUSALS = [
     (f"{CAPTURE} sampler=topk", "unknown sampler 'topk'; there are random_sampling, systematic, top_k"),
     (f"{CAPTURE} sampler.rouns=3", "has no parameter 'rouns'; it has: rounds"),
     (f"{CAPTURE} sampler.rounds=0", "sampler.rounds=0 is out of range: 1 to"),
-    (f"{CAPTURE} sampler.rounds=many", "sampler.rounds='many' is not a whole number; its default is 30"),
+    (f"{CAPTURE} sampler.rounds=many", "sampler.rounds='many' is not a whole number; its default is 50"),
     (f"{CAPTURE} sampler.rounds=1.5", "sampler.rounds=1.5 is not a whole number"),
     (f"{CAPTURE} sampler.rounds=true", "sampler.rounds=True is not a whole number"),
     (f"{CAPTURE} codec=zip", "codec='zip' is unknown; there are raw24"),
