@@ -269,7 +269,10 @@ def main() -> None:
         peak = f"{each['peak_bytes'] / 2**20:>12.0f}" if "peak_bytes" in each else ""
         print(f"{name:<40}{each['time_ratio']:>12.2f}{each['us_per_token']:>12.2f}{peak}", flush=True)
     lines = curves(sizes, max(1, a.rounds // 2)) if a.curves else {}
-    result = {"machine": machine(sizes.device), "sizes": asdict(sizes), "variants": found, "curves": lines}
+    head = torch.empty(sizes.vocab, sizes.hidden, dtype=getattr(torch, sizes.dtype), device=sizes.device)
+    chunk = default_rows(head) * sizes.vocab * head.element_size()
+    result = {"machine": machine(sizes.device), "sizes": asdict(sizes), "chunk_bytes": chunk}
+    result |= {"variants": found, "curves": lines}
     print("\n" + json.dumps(result))
 
 

@@ -92,7 +92,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 def bar(value: float, wanted: float, *, least: bool = False, unit: str = "") -> list[str]:
     """Found, bar and verdict: `least` where more is better."""
     met = value >= wanted if least else value <= wanted
-    return [f"{value:.2f}{unit}", f"{'≥' if least else '≤'} {wanted:g}{unit}", "met" if met else "**missed**"]
+    return [f"{value:.2f}{unit}", f"{'≥' if least else '≤'} {round(wanted, 2):g}{unit}", "met" if met else "**missed**"]
 
 
 # --- sections ---------------------------------------------------------------------------------------------
@@ -123,9 +123,10 @@ def losses(found: Json, plots: str) -> str:
         for above, below, wanted in LOSS_BARS[sizes["device"]]
         if above in each and below in each
     ]
-    whole = sizes["tokens"] * sizes["vocab"] * 4
-    if "peak_bytes" in each[FUSED] and sizes["device"] == "cpu":
-        bars.append([f"peak memory of {FUSED} / one fp32 [T, V]", *bar(each[FUSED]["peak_bytes"] / whole, 0.14)])
+    if "peak_bytes" in each[FUSED]:
+        bars.append(
+            [f"peak memory of {FUSED} / one chunk", *bar(each[FUSED]["peak_bytes"] / found["chunk_bytes"], 1.1)]
+        )
     rows = [
         [name, f"{one['time_ratio']:.2f}", f"{one['us_per_token']:.1f}", _mebibytes(one.get("peak_bytes"))]
         for name, one in each.items()
@@ -275,6 +276,8 @@ def plots(results: dict[str, Json], folder: Path, prefix: str) -> None:
                 cost = [point["variants"][name]["us_per_token"] for point in points]
                 axis.loglog([point[key] for point in points], cost, "o-", label=name)
             axis.set(xlabel=labels[key])
+            axis.set_xticks([point[key] for point in points], [f"{point[key]:,}" for point in points])
+            axis.minorticks_off()
         axes[0].set(ylabel="µs a token")
         axes[-1].legend(fontsize=7)
         figure.savefig(folder / f"{prefix}_losses.svg", metadata={"Date": None})

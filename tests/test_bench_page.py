@@ -163,7 +163,7 @@ def test_the_loss_is_drawn_with_its_bars_and_curves(device, tmp_path):
     curves = {
         name: [{**point, name: point["tokens"]} for point in points] for name in ("tokens", "hidden", "vocab", "kept")
     }
-    result = {"machine": facts, "sizes": sizes, "variants": found, "curves": curves}
+    result = {"machine": facts, "sizes": sizes, "chunk_bytes": 1, "variants": found, "curves": curves}
     kind = page.PAGES[device]
     text = page.page({"losses": result}, "", kind)
     assert ("need a GPU" in text) == (device == "cpu")
