@@ -327,7 +327,7 @@ def demo(
     out: Annotated[str, typer.Argument(help="Where everything goes.")] = "demo",
     profile: Annotated[str, typer.Option(help="smoke, quick (about 5 CPU-minutes) or full (about 15).")] = "quick",
 ) -> None:
-    """Everything on real text: tokenizer, teacher, caches, students of four methods, report.html."""
+    """Everything on real text: tokenizer, teacher, caches, students of every method, report.html."""
     from sparsekd.demo import run_demo
 
     run_demo(out, profile)
