@@ -8,7 +8,7 @@ from conftest import SEQ_LEN
 from sparsekd import crosstok
 from sparsekd import lab as lab_module
 from sparsekd.cache import CacheReader
-from sparsekd.crosstok import CE, CE_THEIRS, CEILING, LABELS, SETS, cells, share
+from sparsekd.crosstok import BEST, CE, CE_THEIRS, CEILING, LABELS, cells, share
 from sparsekd.lab import Arm, Lab, LabSettings, Outcome
 from sparsekd.packed import RowsReader
 from sparsekd.reproduction import Settings
@@ -23,7 +23,7 @@ def outcomes(sets=(2.2, 2.4)):
     """CE at 3.0 and 3.2; in the teacher's tokens 3.1 and 3.3, distilled 2.0 and 2.2."""
     return {
         CE: outcome(3.0, 3.2),
-        SETS: outcome(*sets),
+        BEST: outcome(*sets),
         CE_THEIRS: outcome(3.1, 3.3),
         CEILING: outcome(2.0, 2.2),
     }
@@ -32,12 +32,12 @@ def outcomes(sets=(2.2, 2.4)):
 def test_shares_of_the_way_and_of_the_gain():
     """0.8 bits below CE: 80 % of the 1.0 from CE to the ceiling, 73 % of the 1.1 that KD gains in its own tokens."""
     found = outcomes()
-    assert share(found, SETS, CE, CEILING).mean == pytest.approx(80)
-    assert share(found, SETS, CE, CEILING).standard_error == pytest.approx(0, abs=1e-9)
-    assert share(found, SETS, CE_THEIRS, CEILING).mean == pytest.approx(100 * 0.8 / 1.1)
+    assert share(found, BEST, CE, CEILING).mean == pytest.approx(80)
+    assert share(found, BEST, CE, CEILING).standard_error == pytest.approx(0, abs=1e-9)
+    assert share(found, BEST, CE_THEIRS, CEILING).mean == pytest.approx(100 * 0.8 / 1.1)
     assert share(found, CE, CE, CEILING).mean == pytest.approx(0)
     assert cells(found, CEILING)[-1] is None
-    assert share(outcomes() | {CEILING: outcome(3.5, 3.5)}, SETS, CE, CEILING) is None
+    assert share(outcomes() | {CEILING: outcome(3.5, 3.5)}, BEST, CE, CEILING) is None
 
 
 def test_the_goal_is_seventy_per_cent():
