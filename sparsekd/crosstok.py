@@ -253,9 +253,9 @@ def _goal(outcomes: Outcomes) -> Finding:
     if way is None or gain is None:
         return Finding(text=f"There is no way from CE to the ceiling to close, or {BEST} diverged.", holds=False)
     return Finding(
-        text=f"{BEST}, closes {way.mean:.0f} % of the way from CE to the same cache in the teacher's own tokenizer "
-        f"(goal: {GOAL:.0f} %). A part of that way is the vocabulary's: of what the cache gains over CE in the "
-        f"teacher's tokenizer, it gains {gain.mean:.0f} %.",
+        text=f"{BEST}: {way.mean:.0f} % of the way from CE to the same cache in the teacher's own tokenizer (goal: "
+        f"{GOAL:.0f} %), and {gain.mean:.0f} % of what that cache gains over CE there, which leaves out what the "
+        f"vocabularies differ by.",
         holds=way.mean >= GOAL,
     )
 

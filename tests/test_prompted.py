@@ -28,7 +28,7 @@ TINY = {"family": "tiny", "hidden_size": 32, "intermediate_size": 64}
 
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory):
-    """Questions packed, a teacher's curves of them, and a T5 of 33k parameters with another tokenizer."""
+    """Questions packed, a teacher's curves of them, and a T5 of 31k parameters with another tokenizer."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     home, draw = tmp_path_factory.mktemp("taught"), random.Random(0)
