@@ -167,8 +167,8 @@ def plan_text(result: Mapping[str, Any]) -> str:
     lines = [
         f"entropy {result['entropy']:.2f} nats, V = {result['vocabulary']:,}, {result['sampled_tokens']:,} tokens read",
         f"GB: of {result['tokens']:,} tokens, by the smallest codec; sq. error: over that of the paper's 50 draws",
-        f"angle: degrees from the full gradient in the head of {result['student'] or _STAND_IN}, in a batch of "
-        f"{result['batch_tokens']:,} tokens",
+        f"angle: degrees from the full gradient in the head, in a batch of {result['batch_tokens']:,} tokens, of",
+        f"  {result['student'] or _STAND_IN}",
         "cost: drawing, over the teacher's own pass",
         "",
     ]
