@@ -115,7 +115,8 @@ def _items(options: LossOptions, keep: Tensor) -> Tensor:
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
     kind = hidden.device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    # Not is_autocast_available: torch 2.11's compiler cannot trace it. Meta tensors have no autocast to ask for.
+    autocast = kind != "meta" and torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if autocast else hidden.dtype
     return torch.float32 if kind == "cpu" and dtype not in FAST_ON_CPU else dtype
 
