@@ -42,7 +42,9 @@ class PrefixSets:
         columns = self.order[begins + torch.arange(int(sizes.sum()), device=begins.device)]
         rows = torch.repeat_interleave(torch.arange(size, device=begins.device), sizes)
         ones = torch.ones(len(rows), dtype=dtype, device=begins.device)
-        return torch.sparse_coo_tensor(torch.stack([rows, columns]), ones, (size, size), check_invariants=True)
+        # As a context, not as an argument: torch 2.11 warns of what the argument says.
+        with torch.sparse.check_sparse_tensor_invariants(True):
+            return torch.sparse_coo_tensor(torch.stack([rows, columns]), ones, (size, size))
 
     def to(self, device: torch.device | str) -> PrefixSets:
         """The same sets on another device."""
