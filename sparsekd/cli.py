@@ -325,7 +325,7 @@ def reproduce(
 @app.command()
 def demo(
     out: Annotated[str, typer.Argument(help="Where everything goes.")] = "demo",
-    profile: Annotated[str, typer.Option(help="smoke, quick (about 5 CPU-minutes) or full (about 15).")] = "quick",
+    profile: Annotated[str, typer.Option(help="smoke, quick (about 7 CPU-minutes) or full (about 25).")] = "quick",
 ) -> None:
     """Everything on real text: tokenizer, teacher, caches, students of every method, report.html."""
     from sparsekd.demo import run_demo
