@@ -8,8 +8,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +40,7 @@ from sparsekd.drawing import (
     shard_batches,
 )
 from sparsekd.errors import MismatchError, RecipeError, StorageError
+from sparsekd.making import copy_tokenizer, parse_shard_range
 from sparsekd.manifest import shard_name
 from sparsekd.packed import RowsReader, describe_rows
 from sparsekd.samplers import (
@@ -126,13 +125,11 @@ def capture(
     _check_teacher(model, teacher, reader)
     draws = {"name": name, **parameters, "seed": seed}
     with cpu_threads(threads):
-        spec = _make_spec(reader, model, teacher, draws, codec, batch_size, shard_rows, limit_rows)
-        if positions < 1:
-            spec = replace(spec, capture=spec.capture | {"positions": float(positions)})
+        spec = _make_spec(reader, model, teacher, draws, codec, batch_size, shard_rows, limit_rows, positions)
         writer = CacheWriter(out, spec, engine=_engine(device))
-        _copy_tokenizer(reader.path, Path(out))
+        copy_tokenizer(reader.path, Path(out))
         source = Teacher(model=model, head=read_head(model), spec=spec)
-        todo = _share(writer.missing(_parse_range(shard_range, spec.shards)))
+        todo = _share(writer.missing(parse_shard_range(shard_range, spec.shards)))
         if todo:
             estimate = _preflight(source, reader, todo, Path(out), force)
             _make_shards(source, reader, writer, todo, estimate, progress)
@@ -153,6 +150,7 @@ def _make_spec(
     batch_size: int,
     shard_rows: int | None,
     limit_rows: int | None,
+    positions: float = 1.0,
 ) -> CacheSpec:
     """Everything that the cache's bytes depend on, and what later stages compare."""
     width, parameters = models.logit_width(model), {key: draws[key] for key in sampler_parameters(draws["name"])}
@@ -176,7 +174,8 @@ def _make_spec(
             "batch_size": batch_size,
             "head_chunk": max(1, HEAD_BYTES.get(device, HEAD_BYTES["cuda"]) // (4 * width)),
         }
-        | ({"threads": torch.get_num_threads()} if device == "cpu" else {}),
+        | ({"threads": torch.get_num_threads()} if device == "cpu" else {})
+        | ({"positions": float(positions)} if positions < 1 else {}),
     )
 
 
@@ -309,27 +308,3 @@ def _share(shards: list[int]) -> list[int]:
     """This process's part under torchrun: every world-size-th shard."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     return [shard for shard in shards if shard % world == rank]
-
-
-def _parse_range(text: str | None, shards: int) -> range:
-    """ "a:b" as shards a .. b-1."""
-    if text is None:
-        return range(shards)
-    first, separator, last = text.partition(":")
-    with suppress(ValueError):
-        start, stop = int(first or 0), int(last or shards)
-        if separator and 0 <= start < stop <= shards:
-            return range(start, stop)
-    raise RecipeError(f"shard_range={text!r} is not a:b with 0 <= a < b <= {shards} (the cache has {shards} shards)")
-
-
-def _copy_tokenizer(rows: Path, out: Path) -> None:
-    """The tokenizer travels with the cache, so that it can be read as text and fit to a student."""
-    if (out / "tokenizer").is_dir() or not (rows / "tokenizer").is_dir():
-        return
-    temporary = out / f".tokenizer-{os.getpid()}.tmp"
-    shutil.copytree(rows / "tokenizer", temporary, dirs_exist_ok=True)
-    try:
-        temporary.rename(out / "tokenizer")
-    except OSError:  # another worker was faster
-        shutil.rmtree(temporary, ignore_errors=True)

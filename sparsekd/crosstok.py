@@ -16,7 +16,7 @@ from typing import Any
 from sparsekd.files import write_json
 from sparsekd.lab import SETTINGS, Arm, Lab
 from sparsekd.reproduction import Cell, Column, Finding, Reproduction, Result, Settings, Table, over
-from sparsekd.tables import METRICS, USES, Claim, Outcomes, drawn, judge, lab_of, scale_of
+from sparsekd.tables import METRICS, USES, Claim, Outcomes, drawn, judge, lab_of, plot_arms, scale_of
 from sparsekd.teacher_tables import texts_of, write_documents
 
 # The student's vocabulary over the teacher's.
@@ -270,22 +270,8 @@ def _cost(survey: Mapping[str, Any]) -> Finding:
 
 
 def plot_bits(result: Result) -> Any:
-    """Bits per byte by arm: the mean over seeds (diamond), each seed (dots), and the ceiling (line)."""
-    from sparsekd import plots
-
-    bits = {name: values for name in result.ours.rows if (values := result.data["bits"].get(name))}
-    with plots.canvas(860, 64 + 27 * len(bits), left=240, right=24, bottom=46) as (figure, axes):
-        for row, (name, values) in enumerate(bits.items()):
-            colour = plots.PALETTE[paint(name)]
-            axes.plot(values, [row] * len(values), "o", markersize=4, color=colour, alpha=0.4)
-            axes.plot([sum(values) / len(values)], [row], "D", markersize=7, color=colour)
-        if CEILING in bits:
-            ceiling = sum(bits[CEILING]) / len(bits[CEILING])
-            axes.axvline(ceiling, color=plots.PALETTE["muted"], linewidth=1, linestyle="--")
-        axes.set_yticks(range(len(bits)), list(bits))
-        axes.set_ylim(len(bits) - 0.4, -0.6)
-        plots.axis_names(axes, "held-out text, bits per byte (diamond: mean over seeds)", "")
-        return figure
+    """Bits per byte by arm, and the ceiling (line)."""
+    return plot_arms(result, "bits", paint, "held-out text, bits per byte", ceiling=CEILING)
 
 
 def paint(name: str) -> str:

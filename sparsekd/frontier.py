@@ -14,8 +14,8 @@ from typing import Any
 from sparsekd.cache import CacheReader, RowRecord
 from sparsekd.codec import codec_spec
 from sparsekd.folder import coded_bytes
-from sparsekd.gradients import gradient_geometry
 from sparsekd.lab import SETTINGS, Arm, Lab
+from sparsekd.measures import gradients_by_seed
 from sparsekd.reproduction import Cell, Column, Finding, Reproduction, Result, Settings, Table, over
 from sparsekd.tables import CE, FULL, USES, Claim, Outcomes, cells, drawn, judge, lab_of, run_arms, scale_of, top
 
@@ -89,17 +89,7 @@ def _angles(lab: Lab) -> dict[str, Cell | None]:
     for arm in ARMS:
         parameters = dict(arm.sampler or {})
         methods[arm.label] = (parameters.pop("name"), parameters)
-    found = [
-        gradient_geometry(
-            student=str(lab.student_folder(FULL, seed)),
-            teacher=lab.teacher(),
-            rows=lab.rows(),
-            methods=methods,
-            seed=seed,
-            device=lab.settings.device,
-        )
-        for seed in lab.settings.seeds
-    ]
+    found = gradients_by_seed(lab, methods)
     return {name: over([one[name]["angle"] for one in found]) for name in methods}
 
 

@@ -176,26 +176,30 @@ class Lab:
     def teacher(self) -> str:
         """The teacher's folder, trained by cross-entropy when none was given."""
         if self._teacher is None:
-            from sparsekd.train import train
-
-            s, self._teacher = self.settings, str(self.folder / "teacher")
-            if (Path(self._teacher) / "metrics.json").exists():
-                return self._teacher
-            self.say(f"  lab: training the teacher, {s.teacher_steps} steps")
-            train(
-                out=self._teacher,
-                student=s.teacher,
-                rows=self.rows(),
-                method="ce",
-                max_steps=s.teacher_steps,
-                batch_size=s.batch_size,
-                learning_rate=s.learning_rate,
-                save_steps=200,
-                device=s.device,
-                dtype=s.dtype,
-                progress=False,
-            )
+            self._teacher = str(self.folder / "teacher")
+            if not is_trained(self._teacher):
+                self.say(f"  lab: training the teacher, {self.settings.teacher_steps} steps")
+                self.train_teacher(self._teacher, self.rows())
         return self._teacher
+
+    def train_teacher(self, out: str | Path, rows: str) -> None:
+        """A model of the teacher's size, trained by cross-entropy on `rows` for the teacher's steps."""
+        from sparsekd.train import train
+
+        s = self.settings
+        train(
+            out=out,
+            student=s.teacher,
+            rows=rows,
+            method="ce",
+            max_steps=s.teacher_steps,
+            batch_size=s.batch_size,
+            learning_rate=s.learning_rate,
+            save_steps=200,
+            device=s.device,
+            dtype=s.dtype,
+            progress=False,
+        )
 
     def text(self) -> str:
         """What it reads, in a few words."""
@@ -303,6 +307,11 @@ class Lab:
             metrics=tuple(json.loads((f / "metrics.json").read_text()) for f in folders),
             cache=json.loads(stats.read_text()) if arm.sampler and stats.exists() else None,
         )
+
+
+def is_trained(folder: str | Path) -> bool:
+    """Whether a training run was finished there: its metrics are written last."""
+    return (Path(folder) / "metrics.json").exists()
 
 
 def write_stats(cache: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from sparsekd.gradients import gradient_geometry
 from sparsekd.lab import Lab
 from sparsekd.packed import RowsReader
 from sparsekd.reproduction import Cell, Column, Finding, Reproduction, Result, Settings, Table, exact, over
-from sparsekd.tables import COLUMNS, FULL, TABLE10_ARMS, TABLE10_PAPER, drawn, lab_of, run_arms, scale_of, table
+from sparsekd.tables import COLUMNS, FULL, TABLE10_ARMS, TABLE10_PAPER, USES, drawn, lab_of, run_arms, scale_of, table
 
 # --- table 3: gradients ---------------------------------------------------------------------------------
 
@@ -39,18 +40,7 @@ def table3(folder: Path, settings: Settings) -> Result:
     """Angle and norm ratio of a student's parameter gradients against FullKD's, for one large batch (section 4.2)."""
     lab = lab_of(folder, settings)
     lab.run([FULL])
-    found = [
-        gradient_geometry(
-            student=str(lab.student_folder(FULL, seed)),
-            teacher=lab.teacher(),
-            rows=lab.rows(),
-            methods=GRADIENT_METHODS,
-            seed=seed,
-            batch_rows=_BATCH_ROWS,
-            device=lab.settings.device,
-        )
-        for seed in lab.settings.seeds
-    ]
+    found = gradients_by_seed(lab, GRADIENT_METHODS)
     rows = {
         name: (
             over([one[name]["ids"] for one in found]),
@@ -85,6 +75,22 @@ def table3(folder: Path, settings: Settings) -> Result:
 
 
 _BATCH_ROWS = 192
+
+
+def gradients_by_seed(lab: Lab, methods: Mapping[str, tuple[str, dict[str, Any]]]) -> list[dict[str, dict[str, float]]]:
+    """`gradient_geometry` of each seed's FullKD student, which the lab has trained."""
+    return [
+        gradient_geometry(
+            student=str(lab.student_folder(FULL, seed)),
+            teacher=lab.teacher(),
+            rows=lab.rows(),
+            methods=methods,
+            seed=seed,
+            batch_rows=_BATCH_ROWS,
+            device=lab.settings.device,
+        )
+        for seed in lab.settings.seeds
+    ]
 
 
 def plot3(result: Result) -> Any:
@@ -262,8 +268,6 @@ def quantisation(folder: Path, settings: Settings) -> Result:
     )
 
 
-_USES = ("seeds", "profile", "rows", "teacher")
-
 MEASURES: dict[str, Reproduction] = {
     "table3": Reproduction(
         title="Gradients against FullKD",
@@ -271,7 +275,7 @@ MEASURES: dict[str, Reproduction] = {
         claim="Random sampling's gradient has FullKD's direction and norm; top-k's is far off and too long.",
         run=table3,
         plot=plot3,
-        uses=_USES,
+        uses=USES,
     ),
     "table4": Reproduction(
         title="Training throughput",
@@ -293,6 +297,6 @@ MEASURES: dict[str, Reproduction] = {
         claim="Between t = 0.8 and 1.2 nothing changes; uniform sampling (t = 0) diverges.",
         run=table10,
         plot=plot10,
-        uses=_USES,
+        uses=USES,
     ),
 }

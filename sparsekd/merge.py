@@ -10,7 +10,6 @@ Shapes: L tokens of a row, M entries of a row's targets.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -24,6 +23,7 @@ from sparsekd.cache import CacheReader, CacheSpec, CacheWriter, RowRecord
 from sparsekd.codec import codec_spec, default_codec
 from sparsekd.errors import MismatchError, RecipeError
 from sparsekd.flat import add_counts
+from sparsekd.making import copy_tokenizer
 from sparsekd.manifest import first_difference, short
 
 # What must be one: whose distribution was drawn from, where, and how. Batches may differ: they move last bits only.
@@ -61,7 +61,7 @@ def merge(
         readers.sort(key=lambda reader: list(zip(*_draws(reader), strict=True)))
         spec = merged_spec(readers, codec)
         writer = CacheWriter(out, spec, engine=_engine(readers))
-        _copy_tokenizer(Path(readers[0].path), Path(out))
+        copy_tokenizer(Path(readers[0].path), Path(out))
         for shard in writer.missing():
             writer.write(shard, [_merged(readers, row) for row in spec.shard_range(shard)])
             if progress:
@@ -139,8 +139,3 @@ def _check_seeds(readers: Sequence[CacheReader], seeds: list[int]) -> None:
 
 def _engine(readers: Sequence[CacheReader]) -> dict[str, Any]:
     return {"sparsekd": sparsekd.__version__, "merged": [reader.manifest["engines"] for reader in readers]}
-
-
-def _copy_tokenizer(source: Path, out: Path) -> None:
-    if (source / "tokenizer").is_dir() and not (out / "tokenizer").is_dir():
-        shutil.copytree(source / "tokenizer", out / "tokenizer", dirs_exist_ok=True)

@@ -10,7 +10,6 @@ Shapes: S tokens of a row of the cache, L tokens of a new row. Offsets count tok
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -23,6 +22,7 @@ import numpy as np
 from sparsekd.cache import CacheReader, CacheSpec, CacheWriter, RowRecord
 from sparsekd.codec import FlatTargets, decode
 from sparsekd.errors import MismatchError
+from sparsekd.making import copy_tokenizer
 from sparsekd.packed import PackedRow, RowsReader, describe_rows
 
 _RECORDS = 256  # source rows kept decoded: the documents of one new row come from about as many as it has
@@ -79,7 +79,7 @@ def misalign(
             )
         spec = _misaligned_spec(source.spec, target)
         writer = CacheWriter(out, spec)
-        _copy_tokenizer(target.path, Path(out))
+        copy_tokenizer(target.path, Path(out))
         counts: dict[str, int] = dict.fromkeys(_FATES, 0)
         for shard in range(spec.shards):
             writer.write(shard, [carrier.record(row, counts) for row in spec.shard_range(shard)])
@@ -120,7 +120,7 @@ def keep_common(caches: Mapping[str | Path, str | Path]) -> int:
 def _copy_masked(reader: CacheReader, out: Path, masks: list[np.ndarray]) -> None:
     spec = replace(reader.spec, data=reader.spec.data | {"supervised": "where several caches have targets"})
     writer = CacheWriter(out, spec)
-    _copy_tokenizer(Path(reader.path), out)
+    copy_tokenizer(Path(reader.path), out)
     for shard in range(spec.shards):
         writer.write(shard, [_masked(reader.record(row), masks[row]) for row in spec.shard_range(shard)])
     writer.finalize()
@@ -164,11 +164,6 @@ def _misaligned_spec(spec: CacheSpec, target: RowsReader) -> CacheSpec:
         shard_rows=max(1, spec.shard_rows * spec.seq_len // target.seq_len),
         data=describe_rows(target) | {"misaligned": made_for},
     )
-
-
-def _copy_tokenizer(rows: Path, out: Path) -> None:
-    if (rows / "tokenizer").is_dir():
-        shutil.copytree(rows / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
 
 
 # --- documents ------------------------------------------------------------------------------------------

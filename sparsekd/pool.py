@@ -8,7 +8,6 @@ Shapes: P supervised positions, M entries of all of them.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -21,6 +20,7 @@ from sparsekd.cache import CacheReader, CacheSpec, CacheWriter, RowRecord
 from sparsekd.codec import CODECS, CURVES, codec_spec
 from sparsekd.errors import MismatchError, RecipeError
 from sparsekd.flat import FlatTargets
+from sparsekd.making import copy_tokenizer
 
 
 def pool(
@@ -53,8 +53,7 @@ def pool(
             _check_same(readers[0], reader)
         spec = _spec(readers, shares)
         writer = CacheWriter(out, spec)
-        if (home := Path(readers[0].path) / "tokenizer").is_dir():
-            shutil.copytree(home, Path(out) / "tokenizer", dirs_exist_ok=True)
+        copy_tokenizer(Path(readers[0].path), Path(out))
         todo = writer.missing()
         for done, shard in enumerate(todo, 1):
             writer.write(shard, [_pooled(readers, shares, row) for row in spec.shard_range(shard)])

@@ -95,11 +95,20 @@ def _method(root: Path, spec: Mapping[str, Any], run: Mapping[str, Any], notes: 
     return method
 
 
+_ROLES = {
+    "ce": "ce",
+    "full": "full_kd",
+    "systematic": "systematic",
+    "rs": "rs",
+    "random": "rs",
+    "topk": "topk",
+    "top_k": "topk",
+}
+
+
 def role(name: str) -> str:
     """What a method is, by its name's beginning: ce, full_kd, systematic, rs (random sampling), topk or other."""
-    prefixes = {"ce": "ce", "full": "full_kd", "rs": "rs", "random": "rs", "topk": "topk", "top_k": "topk"}
-    prefixes["systematic"] = "systematic"
-    return next((kind for prefix, kind in prefixes.items() if name.startswith(prefix)), "other")
+    return next((kind for prefix, kind in _ROLES.items() if name.startswith(prefix)), "other")
 
 
 def _seeds_on_disk(root: Path, name: str) -> list[int]:

@@ -288,18 +288,28 @@ USES = ("seeds", "profile", "rows", "teacher")
 
 
 def plot_losses(result: Result) -> Any:
-    """Held-out loss by arm: the mean over seeds (diamond) and each seed (dots), in the table's order."""
+    """Held-out loss by arm."""
+    return plot_arms(result, "loss", paint, "held-out loss, nats per token")
+
+
+def plot_arms(
+    result: Result, measure: str, colour_of: Callable[[str], str], words: str, ceiling: str | None = None
+) -> Any:
+    """A measure by arm: the mean over seeds (diamond) and each seed (dots), in the table's order; a line at one arm."""
     from sparsekd import plots
 
-    losses = {name: values for name in result.ours.rows if (values := result.data["loss"].get(name))}
-    with plots.canvas(860, 64 + 27 * len(losses), left=240, right=24, bottom=46) as (figure, axes):
-        for row, (name, values) in enumerate(losses.items()):
-            colour = plots.PALETTE[paint(name)]
+    found = {name: values for name in result.ours.rows if (values := result.data[measure].get(name))}
+    with plots.canvas(860, 64 + 27 * len(found), left=240, right=24, bottom=46) as (figure, axes):
+        for row, (name, values) in enumerate(found.items()):
+            colour = plots.PALETTE[colour_of(name)]
             axes.plot(values, [row] * len(values), "o", markersize=4, color=colour, alpha=0.4)
             axes.plot([sum(values) / len(values)], [row], "D", markersize=7, color=colour)
-        axes.set_yticks(range(len(losses)), list(losses))
-        axes.set_ylim(len(losses) - 0.4, -0.6)
-        plots.axis_names(axes, "held-out loss, nats per token (diamond: mean over seeds)", "")
+        if ceiling in found:
+            at = sum(found[ceiling]) / len(found[ceiling])
+            axes.axvline(at, color=plots.PALETTE["muted"], linewidth=1, linestyle="--")
+        axes.set_yticks(range(len(found)), list(found))
+        axes.set_ylim(len(found) - 0.4, -0.6)
+        plots.axis_names(axes, f"{words} (diamond: mean over seeds)", "")
         return figure
 
 

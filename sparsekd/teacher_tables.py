@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsekd.files import write_atomically, write_json
-from sparsekd.lab import Lab, Outcome, write_stats
+from sparsekd.lab import Lab, Outcome, is_trained, write_stats
 from sparsekd.reproduction import Cell, Column, Finding, Reproduction, Result, Settings, Table, exact, over
 from sparsekd.tables import CE, COLUMNS, FULL, USES, Claim, drawn, judge, lab_of, plot_losses, scale_of, table
 
@@ -204,29 +204,15 @@ def adapted_teacher(lab: Lab, teacher: str, *, own: bool) -> str:
 
 def other_teacher(lab: Lab) -> str:
     """A teacher of the lab's size and tokenizer that was trained on other text: the same code in another hand."""
-    from sparsekd.train import train
-
-    s, home = lab.settings, lab.folder / "other"
+    home = lab.folder / "other"
     out, source = home / "teacher", home / "documents.jsonl"
-    if (out / "metrics.json").exists():
+    if is_trained(out):
         return str(out)
     if not source.exists():
         write_documents(_other_texts(set(texts_of(lab.rows(), "heldout"))), source)
     rows = _pack(lab, source, home / "rows", seq_len=lab.seq_len())
-    lab.say(f"  lab: training a teacher on other text, {s.teacher_steps} steps")
-    train(
-        out=out,
-        student=s.teacher,
-        rows=rows,
-        method="ce",
-        max_steps=s.teacher_steps,
-        batch_size=s.batch_size,
-        learning_rate=s.learning_rate,
-        save_steps=200,
-        device=s.device,
-        dtype=s.dtype,
-        progress=False,
-    )
+    lab.say(f"  lab: training a teacher on other text, {lab.settings.teacher_steps} steps")
+    lab.train_teacher(out, rows)
     return str(out)
 
 

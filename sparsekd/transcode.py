@@ -9,7 +9,6 @@ import hashlib
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache as remember
 from functools import lru_cache
@@ -24,6 +23,7 @@ from sparsekd.checks import check_at_least
 from sparsekd.codec import CODECS, CURVES, codec_spec, encode_row
 from sparsekd.errors import MismatchError, RecipeError, SourceError
 from sparsekd.files import canonical_json, is_url
+from sparsekd.making import parse_shard_range
 from sparsekd.manifest import shard_name
 from sparsekd.order import permute
 from sparsekd.redraw import UNRESOLVED, Answers
@@ -108,7 +108,7 @@ def transcode(
         return result
     writer = CacheWriter(out, job.spec)
     vocab.load_tokenizer(tokenizer).save_pretrained(Path(out) / "tokenizer")
-    todo = writer.missing(_parse_range(shard_range, job.spec.shards))
+    todo = writer.missing(parse_shard_range(shard_range, job.spec.shards))
     for done, _ in enumerate(_made(words, str(out), todo, workers), 1):
         if progress:
             progress(done, len(todo))
@@ -274,15 +274,3 @@ def survey(job: Job) -> dict[str, Any]:
         "from_bytes_per_token": spent,
         "bytes_per_token": size / tokens,
     }
-
-
-def _parse_range(text: str | None, shards: int) -> range:
-    """ "a:b" as shards a .. b-1."""
-    if text is None:
-        return range(shards)
-    first, separator, last = text.partition(":")
-    with suppress(ValueError):
-        start, stop = int(first or 0), int(last or shards)
-        if separator and 0 <= start < stop <= shards:
-            return range(start, stop)
-    raise RecipeError(f"shard_range={text!r} is not a:b with 0 <= a < b <= {shards} (the cache has {shards} shards)")

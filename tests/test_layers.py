@@ -54,6 +54,7 @@ LAYERS: dict[str, set[str]] = {
         "shard",
         "manifest",
         "folder",
+        "making",
         "canary",
         "padded",
         "read_ahead",
@@ -155,7 +156,7 @@ PROGRAMS_TOGETHER = {
     "unique_tokens": {"lab", "tables", "toys", "evaluate", "reproduction", "plots"},
     "calibration": {"lab", "tables", "reproduction", "plots"},
     "teacher_tables": {"lab", "tables", "reproduction", "misalign", "evaluate", "adapt", "train"},
-    "frontier": {"gradients", "lab", "tables", "reproduction", "plots"},
+    "frontier": {"lab", "measures", "tables", "reproduction", "plots"},
     "crosstok": {"capture", "lab", "plots", "reproduction", "tables", "teacher_tables", "transcode"},
     "reproduce": {
         "crosstok",
