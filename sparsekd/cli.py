@@ -27,6 +27,8 @@ app = typer.Typer(
 
 Recipe = Annotated[str | None, typer.Option("--config", "-c", metavar="FILE", help="A recipe in YAML.")]
 Settings = Annotated[list[str] | None, typer.Argument(metavar="key=value", help="Settings, over those of the recipe.")]
+# What the verbs of --help stand under.
+CACHE, AGAIN, STUDENT, JUDGE, WHOLE = "A cache", "Caches from caches", "Students", "Judging", "All of it, and pages"
 ShowSettings = Annotated[
     bool, typer.Option("--settings", help="List all settings with their defaults and meaning, and stop.")
 ]
@@ -36,7 +38,9 @@ def _example(verb: str, settings: str) -> str:
     return f"For example: sparsekd {verb} {settings}. All settings: sparsekd {verb} --settings"
 
 
-@app.command(epilog=_example("pack", "source=corpus/*.jsonl tokenizer=train seq_len=256 out=rows"))
+@app.command(
+    epilog=_example("pack", "source=corpus/*.jsonl tokenizer=train seq_len=256 out=rows"), rich_help_panel=CACHE
+)
 def pack(config: Recipe = None, settings: Settings = None, show: ShowSettings = False) -> None:
     """Documents -> rows: tokenise, shuffle, join and cut to seq_len; train and held-out splits."""
     manifest = _run("pack", config, settings, show)
@@ -48,7 +52,7 @@ def _many(count: int, noun: str) -> str:
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
-@app.command(epilog=_example("plan", "rows=rows teacher=MODEL tokens=1e10 out=plan"))
+@app.command(epilog=_example("plan", "rows=rows teacher=MODEL tokens=1e10 out=plan"), rich_help_panel=CACHE)
 def plan(
     config: Recipe = None,
     settings: Settings = None,
@@ -69,7 +73,7 @@ def plan(
     print(f"\nthe choice's recipe: sparsekd capture -c {result['recipe']}")
 
 
-@app.command(epilog=_example("capture", "rows=rows teacher=MODEL out=cache sampler.rounds=50"))
+@app.command(epilog=_example("capture", "rows=rows teacher=MODEL out=cache sampler.rounds=50"), rich_help_panel=CACHE)
 def capture(
     config: Recipe = None,
     settings: Settings = None,
@@ -93,7 +97,7 @@ def capture(
         )
 
 
-@app.command()
+@app.command(rich_help_panel=CACHE)
 def inspect(
     cache: Annotated[str, typer.Argument(help="A cache folder or URL.")],
     row: Annotated[int | None, typer.Option(help="Show this row as text with its targets.")] = None,
@@ -105,7 +109,7 @@ def inspect(
     print(describe_cache(cache, row, positions))
 
 
-@app.command()
+@app.command(rich_help_panel=CACHE)
 def verify(
     cache: Annotated[str, typer.Argument(help="A cache folder or URL.")],
     teacher: Annotated[str | None, typer.Option(help="Recompute rows with this teacher and compare.")] = None,
@@ -139,7 +143,7 @@ def verify(
             )
 
 
-@app.command(epilog=_example("merge", "CACHE CACHE out=cache"))
+@app.command(epilog=_example("merge", "CACHE CACHE out=cache"), rich_help_panel=AGAIN)
 def merge(config: Recipe = None, settings: Settings = None, show: ShowSettings = False) -> None:
     """Caches of the same rows with different seeds -> one cache of all their draws, without loss."""
     caches = [word for word in settings or [] if "=" not in word]
@@ -153,7 +157,10 @@ def merge(config: Recipe = None, settings: Settings = None, show: ShowSettings =
     )
 
 
-@app.command(epilog=_example("misalign", "cache=cache rows=other out=misaligned i_know_this_is_misaligned=true"))
+@app.command(
+    epilog=_example("misalign", "cache=cache rows=other out=misaligned i_know_this_is_misaligned=true"),
+    rich_help_panel=AGAIN,
+)
 def misalign(config: Recipe = None, settings: Settings = None, show: ShowSettings = False) -> None:
     """Cache -> the same tokens packed otherwise, with targets of the wrong contexts: to measure what that costs."""
     with _bar("shard") as progress:
@@ -162,7 +169,7 @@ def misalign(config: Recipe = None, settings: Settings = None, show: ShowSetting
     print(f"{fates['carried']:,} targets carried to other contexts; dropped: " + _counts(dropped))
 
 
-@app.command(epilog=_example("transcode", "CACHE tokenizer=STUDENT out=transcoded"))
+@app.command(epilog=_example("transcode", "CACHE tokenizer=STUDENT out=transcoded"), rich_help_panel=AGAIN)
 def transcode(
     cache: Annotated[str | None, typer.Argument(help="A cache folder; or cache=FOLDER among the settings.")] = None,
     settings: Settings = None,
@@ -183,7 +190,7 @@ def transcode(
         print(f"{stats['positions']:,} positions with {stats['pairs'] / max(stats['positions'], 1):.1f} ids each")
 
 
-@app.command(epilog=_example("pool", "caches=[A, B] weights=[0.7, 0.3] out=pooled"))
+@app.command(epilog=_example("pool", "caches=[A, B] weights=[0.7, 0.3] out=pooled"), rich_help_panel=AGAIN)
 def pool(config: Recipe = None, settings: Settings = None, show: ShowSettings = False) -> None:
     """Caches of several teachers on the same rows -> one, the weighted mean of their targets. Run again to resume."""
     with _bar("shard") as progress:
@@ -195,7 +202,7 @@ def _counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())
 
 
-@app.command(epilog=_example("adapt", "teacher=MODEL rows=rows out=adapted"))
+@app.command(epilog=_example("adapt", "teacher=MODEL rows=rows out=adapted"), rich_help_panel=STUDENT)
 def adapt(config: Recipe = None, settings: Settings = None, show: ShowSettings = False) -> None:
     """Teacher + rows -> a teacher fine-tuned on them, to capture from instead. Run again to resume."""
     with _bar("step") as progress:
@@ -205,7 +212,7 @@ def adapt(config: Recipe = None, settings: Settings = None, show: ShowSettings =
     )
 
 
-@app.command(epilog=_example("train", "cache=cache student=tiny out=student eval_rows=rows"))
+@app.command(epilog=_example("train", "cache=cache student=tiny out=student eval_rows=rows"), rich_help_panel=STUDENT)
 def train(config: Recipe = None, settings: Settings = None, show: ShowSettings = False) -> None:
     """Cache -> student: transformers' Trainer on the cache alone. Run again to resume."""
     with _bar("step") as progress:
@@ -218,7 +225,7 @@ def train(config: Recipe = None, settings: Settings = None, show: ShowSettings =
     )
 
 
-@app.command(epilog=_example("evaluate", "model=student rows=rows teacher=MODEL"))
+@app.command(epilog=_example("evaluate", "model=student rows=rows teacher=MODEL"), rich_help_panel=JUDGE)
 def evaluate(
     config: Recipe = None,
     settings: Settings = None,
@@ -242,7 +249,9 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"
 
 
-@app.command(epilog=_example("judge", "model=student prompts=dolly.jsonl judge_model=NAME out=judged"))
+@app.command(
+    epilog=_example("judge", "model=student prompts=dolly.jsonl judge_model=NAME out=judged"), rich_help_panel=JUDGE
+)
 def judge(config: Recipe = None, settings: Settings = None, show: ShowSettings = False) -> None:
     """Model + prompts -> judge.json: responses rated beside the ground truth by a chat endpoint; resumes."""
     with _bar("answer") as progress:
@@ -253,7 +262,7 @@ def judge(config: Recipe = None, settings: Settings = None, show: ShowSettings =
     print(", ".join(f"{counts[name]:,} {name.replace('_', ' ')}" for name in names))
 
 
-@app.command(epilog=_example("answer", "model=student prompts=questions.jsonl out=answers"))
+@app.command(epilog=_example("answer", "model=student prompts=questions.jsonl out=answers"), rich_help_panel=JUDGE)
 def answer(config: Recipe = None, settings: Settings = None, show: ShowSettings = False) -> None:
     """Model + prompts -> answers.jsonl (greedy text, which `pack` reads) and answers.json: F1, Rouge-Lsum."""
     with _bar("answer") as progress:
@@ -265,7 +274,7 @@ def answer(config: Recipe = None, settings: Settings = None, show: ShowSettings 
     print(f"{_many(counts['answers'], 'answer')}, {counts['empty']:,} empty, {counts['cut_off']:,} cut off")
 
 
-@app.command(epilog=_example("tasks", "model=student tasks=hellaswag,piqa"))
+@app.command(epilog=_example("tasks", "model=student tasks=hellaswag,piqa"), rich_help_panel=JUDGE)
 def tasks(config: Recipe = None, settings: Settings = None, show: ShowSettings = False) -> None:
     """Model -> tasks.json: zero-shot tasks of lm-eval, or of a folder of your own (include_path=FOLDER)."""
     result = _run("tasks", config, settings, show)
@@ -276,7 +285,9 @@ def tasks(config: Recipe = None, settings: Settings = None, show: ShowSettings =
         print(f"{'average':>24}  {'':<16} {_estimate(result['average'])}")
 
 
-@app.command(epilog=_example("speculate", "teacher=MODEL student=student rows=rows draft_length=4"))
+@app.command(
+    epilog=_example("speculate", "teacher=MODEL student=student rows=rows draft_length=4"), rich_help_panel=JUDGE
+)
 def speculate(config: Recipe = None, settings: Settings = None, show: ShowSettings = False) -> None:
     """Teacher + student -> speculate.json: drafts accepted, expected and in real generation, and the speed-up."""
     with _bar("prompt") as progress:
@@ -297,7 +308,7 @@ def _estimate(value: dict[str, Any]) -> str:
     return f"{mean:.4f}" if error is None else f"{mean:.4f} ± {error:.4f}"
 
 
-@app.command()
+@app.command(rich_help_panel=WHOLE)
 def report(folder: Annotated[str, typer.Argument(help="A folder that `sparsekd demo` made.")] = "demo") -> None:
     """A run's JSON files -> report.html, one self-contained page, and report.json."""
     from sparsekd.report import report as write_report
@@ -307,7 +318,7 @@ def report(folder: Annotated[str, typer.Argument(help="A folder that `sparsekd d
     print(f"wrote {folder}/report.html")
 
 
-@app.command()
+@app.command(rich_help_panel=WHOLE)
 def reproduce(
     names: Annotated[str, typer.Argument(help="fig2a, table1, ... (several joined by commas), or all.")] = "all",
     settings: Settings = None,
@@ -322,7 +333,7 @@ def reproduce(
     _run("reproduce", config, words, show)
 
 
-@app.command()
+@app.command(rich_help_panel=WHOLE)
 def demo(
     out: Annotated[str, typer.Argument(help="Where everything goes.")] = "demo",
     profile: Annotated[str, typer.Option(help="smoke, quick (about 7 CPU-minutes) or full (about 25).")] = "quick",
