@@ -30,6 +30,8 @@ class Arm:
         sampler: of the cache it learns from; None for "ce" and "full_kd".
         codec: of that cache; None takes the default.
         train: further settings of `sparsekd.train.train` (method, residual, ce_weight, ...).
+        redrawn: whether each student's seed is that of a cache of its own, so that errors over seeds hold the noise of
+            draws too; else all its students learn from one cache.
     """
 
     label: str
@@ -37,10 +39,13 @@ class Arm:
     sampler: dict[str, Any] | None = None
     codec: str | None = None
     train: dict[str, Any] = field(default_factory=dict)
+    redrawn: bool = False
 
     def key(self) -> str:
         """A folder name that hangs on what is done, not on how it is called."""
-        text = json.dumps({k: v for k, v in asdict(self).items() if k not in ("label", "name")}, sort_keys=True)
+        text = json.dumps(
+            {k: v for k, v in asdict(self).items() if k not in ("label", "name", "redrawn")}, sort_keys=True
+        )
         name = self.sampler["name"] if self.sampler else self.train.get("method", "cached")
         return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
@@ -98,7 +103,10 @@ SETTINGS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """An arm's students: one evaluation (`evaluation.json`) and one training log (`metrics.json`) for each seed."""
+    """An arm's students: one evaluation (`evaluation.json`) and one training log (`metrics.json`) for each seed.
+
+    `cache` is the statistics of the first seed's cache.
+    """
 
     arm: Arm
     evaluations: tuple[dict[str, Any], ...]
@@ -207,17 +215,26 @@ class Lab:
             return f"the rows in {self._rows}"
         return f"the standard library's source text, vocabulary {self.settings.vocab_size}"
 
-    def cache(self, arm: Arm, *, teacher: str | None = None, rows: str | None = None) -> str:
+    def cache(self, arm: Arm, *, teacher: str | None = None, rows: str | None = None, student_seed: int = 0) -> str:
         """The cache of an arm's sampler (captured when missing), of the lab's first rows or of all of others."""
         from sparsekd.capture import capture
 
         teacher = teacher or self.teacher()
-        sampler = arm.sampler or {"name": "top_k", "k": 1}
+        sampler, seed = arm.sampler or {"name": "top_k", "k": 1}, student_seed if arm.redrawn else 0
         made = json.dumps(
-            [sampler, arm.codec, self._inside(teacher), *([self._inside(rows)] if rows else [])], sort_keys=True
+            [
+                sampler,
+                arm.codec,
+                self._inside(teacher),
+                *([self._inside(rows)] if rows else []),
+                *([seed] if seed else []),
+            ],
+            sort_keys=True,
         )
         name = hashlib.sha256(made.encode()).hexdigest()[:10]
         path = self.folder / "caches" / (arm.name or f"{sampler['name']}-{name}")
+        if arm.name and seed:
+            path = path.with_name(f"{path.name}-s{seed}")
         if not (path / "stats.json").exists():
             capture(
                 rows=rows or self.rows(),
@@ -225,6 +242,7 @@ class Lab:
                 out=path,
                 sampler=sampler,
                 codec=arm.codec,
+                seed=seed,
                 batch_size=32,
                 limit_rows=None if rows else self.settings.student_rows,
                 device=self.settings.device,
@@ -249,20 +267,23 @@ class Lab:
             exam: what `evaluate` judges students on (rows, split, teacher, limit_rows), where it is not the lab's
                 held-out rows beside its teacher.
         """
-        arms, seeds = list(arms), self.settings.seeds
-        paths = {a.label: (caches or {}).get(a.label) or self.cache(a, teacher=teacher) for a in arms}
-        jobs = [(a, seed) for seed in seeds for a in arms]
-        todo = {}
-        for arm, seed in jobs:
-            folder = self._student(arm, seed, paths[arm.label])
-            if not (folder / "evaluation.json").exists():
-                todo[folder] = (arm, seed, paths[arm.label])
+        arms, todo = list(arms), {}
+        paths = {
+            (arm.label, seed): (caches or {}).get(arm.label) or self.cache(arm, teacher=teacher, student_seed=seed)
+            for seed in self.settings.seeds
+            for arm in arms
+        }
+        for seed in self.settings.seeds:
+            for arm in arms:
+                folder = self._student(arm, seed, paths[arm.label, seed])
+                if not (folder / "evaluation.json").exists():
+                    todo[folder] = (arm, seed, paths[arm.label, seed])
         self._train([(str(folder), *job) for folder, job in todo.items()], teacher, exam)
-        return [self._outcome(arm, paths[arm.label]) for arm in arms]
+        return [self._outcome(arm, [paths[arm.label, seed] for seed in self.settings.seeds]) for arm in arms]
 
     def student_folder(self, arm: Arm, seed: int) -> Path:
         """Where the student of an arm and a seed lies once it was run."""
-        return self._student(arm, seed, self.cache(arm))
+        return self._student(arm, seed, self.cache(arm, student_seed=seed))
 
     def _student(self, arm: Arm, seed: int, cache: str) -> Path:
         if arm.name:
@@ -298,9 +319,9 @@ class Lab:
             raise
         pool.shutdown()
 
-    def _outcome(self, arm: Arm, cache: str) -> Outcome:
-        folders = [self._student(arm, seed, cache) for seed in self.settings.seeds]
-        stats = Path(cache) / "stats.json"
+    def _outcome(self, arm: Arm, caches: Sequence[str]) -> Outcome:
+        folders = [self._student(arm, seed, path) for seed, path in zip(self.settings.seeds, caches, strict=True)]
+        stats = Path(caches[0]) / "stats.json"
         return Outcome(
             arm=arm,
             evaluations=tuple(json.loads((f / "evaluation.json").read_text()) for f in folders),

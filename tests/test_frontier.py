@@ -7,7 +7,8 @@ from conftest import SEQ_LEN
 
 from sparsekd import frontier
 from sparsekd import lab as lab_module
-from sparsekd.lab import LabSettings
+from sparsekd.cache import CacheReader
+from sparsekd.lab import Arm, Lab, LabSettings
 from sparsekd.reproduction import Cell, Settings
 
 ANGLES = {
@@ -28,6 +29,19 @@ def test_the_smallest_cache_of_the_same_gradient_is_named():
     assert "0.25×" in found.text
     far = {name: Cell(mean=cell.mean + (name != "Random sampling 50") * 10) for name, cell in ANGLES.items()}
     assert frontier._fewest(SIZES, far).holds is False
+
+
+def test_a_seed_of_the_frontier_draws_its_caches_anew(world, tmp_path):
+    """A redrawn arm's cache has the seed of its student and other draws; any other arm has one cache for all seeds."""
+    sizes = LabSettings(seq_len=SEQ_LEN, student_rows=8, seeds=(0, 1))
+    lab = Lab(tmp_path, sizes, rows=world.rows, teacher=world.teacher, say=lambda _: None)
+    assert all(arm.redrawn == ("rounds" in arm.sampler) for arm in frontier.ARMS)
+    redrawn, top = frontier.LINES["Systematic"][0], Arm(label="Top-K 5", sampler={"name": "top_k", "k": 5})
+    first, second = (lab.cache(redrawn, student_seed=seed) for seed in (0, 1))
+    assert [CacheReader(path).spec.sampler["seed"] for path in (first, second)] == [0, 1]
+    assert (CacheReader(first).flat(3).ids.tolist()) != (CacheReader(second).flat(3).ids.tolist())
+    assert lab.cache(top, student_seed=0) == lab.cache(top, student_seed=1)
+    assert lab.student_folder(redrawn, 0) != lab.student_folder(redrawn, 1)
 
 
 @pytest.mark.slow
