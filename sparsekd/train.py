@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from sparsekd import models
-from sparsekd.checks import check_at_least, make_folder
+from sparsekd.checks import make_folder
 from sparsekd.cross_set import open_cross_heldout, open_cross_set, tokenizer_of
 from sparsekd.cross_student import CROSS_METHODS, CrossCollator, attach_cross_kd
-from sparsekd.divergences import DIVERGENCES, check_sparse_divergence
-from sparsekd.errors import MismatchError, RecipeError
+from sparsekd.errors import RecipeError
 from sparsekd.files import write_json
 from sparsekd.overlay import OverlaidRows
 from sparsekd.prompted import PromptedRows
-from sparsekd.residuals import RESIDUALS
 from sparsekd.student import CacheDataset, SparseKDCollator, attach_full_kd, attach_sparse_kd, pace, student_trainer
+from sparsekd.training_run import (
+    check_unchanged,
+    finished,
+    last_checkpoint,
+    mean_logged,
+    readable_log,
+    start,
+    world,
+)
 from sparsekd.training_set import (
     TrainingSet,
     check_student,
@@ -30,39 +35,7 @@ from sparsekd.training_set import (
     open_tokenizer,
     open_training_set,
 )
-from sparsekd.uld import PAIRINGS
-
-METHODS = ("ce", "cached", "full_kd", *CROSS_METHODS)
-SCHEDULES = ("cosine", "constant")
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "method": METHODS,
-    "schedule": SCHEDULES,
-    "dtype": ("float32", "bfloat16"),
-    "residual": tuple(RESIDUALS),
-    "divergence": tuple(DIVERGENCES),
-    "align": tuple(PAIRINGS),
-}
-_COUNTS = ("max_length", "batch_size", "grad_accum", "log_steps", "save_steps", "keep_checkpoints", "eval_limit")
-_AMOUNTS = ("weight_decay", "max_grad_norm", "dataloader_workers", "eval_steps")
-_RANGES: tuple[tuple[tuple[str, ...], str, Callable[[float], bool]], ...] = (
-    (("max_steps",), "at least 1, or -1 to go by epochs", lambda v: v >= 1 or v == -1),
-    (("epochs", "learning_rate", "hard_ratio"), "above 0", lambda v: 0 < v < math.inf),
-    (("kd_weight",), "0 (text only) or above", lambda v: 0 <= v < math.inf),
-    (("ce_weight", "min_lr_ratio", "warmup_ratio"), "between 0 and 1", lambda v: 0 <= v <= 1),
-    (("seed",), "in [0, 2^32)", lambda v: 0 <= v < 2**32),
-)
-# Settings that may change between the parts of one run.
-_FREE = {
-    "out",
-    "log_steps",
-    "save_steps",
-    "keep_checkpoints",
-    "report_to",
-    "run_name",
-    "dataloader_workers",
-    "eval_limit",
-    "data",
-}
+from sparsekd.training_settings import check_settings, on_cpu
 
 
 def train(
@@ -173,60 +146,71 @@ def train(
     """
     recipe = {k: v for k, v in locals().items() if k not in ("callbacks", "progress")}
     out = Path(out).expanduser()
-    recipe = json.loads(json.dumps(recipe | {"out": out, "processes": _world()}, default=str))
-    _check_settings(recipe)
-    if (finished := _finished(out, recipe)) is not None:
-        return finished
-    if method in CROSS_METHODS:
-        data = open_cross_set(cache, tokenizer, student, max_length)
-        tokenizer = tokenizer_of(tokenizer, student)
-    else:
-        data = open_training_set(method, cache, rows, normalize=normalize, allow_misaligned=allow_misaligned)
+    recipe = json.loads(json.dumps(recipe | {"out": out, "processes": world()}, default=str))
+    check_settings(recipe)
+    if (metrics := finished(out, recipe)) is not None:
+        return metrics
+    data = _open_data(recipe)
     try:
-        _check_unchanged(out, data.identity)
-        steps, rows_per_step = _plan(len(data.rows), recipe)
-        live = None
-        if method == "full_kd":
-            place = "cpu" if _on_cpu(recipe) else models.default_device()
-            live, data = open_teacher(teacher, data, dtype=dtype or "float32", device=place)
-        heldout = (open_cross_heldout if method in CROSS_METHODS else open_heldout)(eval_rows, data)
-        model = _open_student(student, data, seed, under_teacher=live is not None)
-        text_tokenizer = open_tokenizer(tokenizer, data)
-        make_folder(out)
-        if gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if method == "cached":
-            attach_sparse_kd(
-                model,
-                ce_weight=ce_weight,
-                residual=residual,
-                hard_ratio=hard_ratio,
-                divergence=divergence,
-                sets=open_prefix_sets(data),
-            )
-        elif live is not None:
-            attach_full_kd(model, live, ce_weight=ce_weight, divergence=divergence)
-        elif isinstance(data.rows, OverlaidRows):
-            edges = data.rows.reader.spec.codec["edges"]
-            attach_cross_kd(model, method, edges=edges, align=align, kd_weight=kd_weight)
-        collator = _collator(method)
-        collate = collator if isinstance(collator, SparseKDCollator) else None
-        trainer = student_trainer(
-            model=model,
-            args=_arguments(recipe, steps, progress),
-            train_dataset=CacheDataset(data.rows, seed=seed, multiple_of=rows_per_step, collate=collate),
-            eval_dataset=None if heldout is None else CacheDataset(heldout, shuffle=False, limit=eval_limit),
-            data_collator=collator,
-            callbacks=[clock := pace(evaluates=heldout is not None), *(callbacks or [])],
-        )
-        if not progress:
-            _silence(trainer)
-        if trainer.is_world_process_zero():
-            write_json(out / "recipe.json", recipe | {"data": data.identity})
-        trainer.train(resume_from_checkpoint=_last_checkpoint(out))
-        return _finish(trainer, out, recipe, rows_per_step, clock.seconds, data, text_tokenizer)
+        check_unchanged(out, data.identity)
+        return _run(out, recipe, data, progress, callbacks or [])
     finally:
         data.close()
+
+
+def _open_data(recipe: dict[str, Any]) -> TrainingSet:
+    if recipe["method"] in CROSS_METHODS:
+        return open_cross_set(recipe["cache"], recipe["tokenizer"], recipe["student"], recipe["max_length"])
+    asked = {key: recipe[key] for key in ("normalize", "allow_misaligned")}
+    return open_training_set(recipe["method"], recipe["cache"], recipe["rows"], **asked)
+
+
+def _run(out: Path, recipe: dict[str, Any], data: TrainingSet, progress: bool, callbacks: list[Any]) -> dict[str, Any]:
+    """Everything that can be refused, then the steps, then what the folder ends up with."""
+    cross = recipe["method"] in CROSS_METHODS
+    steps, rows_per_step = _plan(len(data.rows), recipe)
+    teacher = None
+    if recipe["method"] == "full_kd":
+        place = "cpu" if on_cpu(recipe) else models.default_device()
+        teacher, data = open_teacher(recipe["teacher"], data, dtype=recipe["dtype"] or "float32", device=place)
+    heldout = (open_cross_heldout if cross else open_heldout)(recipe["eval_rows"], data)
+    model = _open_student(recipe["student"], data, recipe["seed"], under_teacher=teacher is not None)
+    tokenizer = open_tokenizer(
+        tokenizer_of(recipe["tokenizer"], recipe["student"]) if cross else recipe["tokenizer"], data
+    )
+    make_folder(out)
+    if recipe["gradient_checkpointing"]:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    _attach_loss(model, recipe, data, teacher)
+    collator = _collator(recipe["method"])
+    collate = collator if isinstance(collator, SparseKDCollator) else None
+    trainer = student_trainer(
+        model=model,
+        args=_arguments(recipe, steps, progress),
+        train_dataset=CacheDataset(data.rows, seed=recipe["seed"], multiple_of=rows_per_step, collate=collate),
+        eval_dataset=None if heldout is None else CacheDataset(heldout, shuffle=False, limit=recipe["eval_limit"]),
+        data_collator=collator,
+        callbacks=[clock := pace(evaluates=heldout is not None), *callbacks],
+    )
+    if not progress:
+        _silence(trainer)
+    if trainer.is_world_process_zero():
+        start(out, recipe, data.identity)
+    trainer.train(resume_from_checkpoint=last_checkpoint(out))
+    return _finish(trainer, out, recipe, rows_per_step, clock.seconds, data, tokenizer)
+
+
+def _attach_loss(model: Any, recipe: dict[str, Any], data: TrainingSet, teacher: Any) -> None:
+    """The model's own forward returns the method's loss; "ce" is what it returns already."""
+    if recipe["method"] == "cached":
+        asked = {key: recipe[key] for key in ("ce_weight", "residual", "hard_ratio", "divergence")}
+        attach_sparse_kd(model, **asked, sets=open_prefix_sets(data))
+    elif teacher is not None:
+        attach_full_kd(model, teacher, ce_weight=recipe["ce_weight"], divergence=recipe["divergence"])
+    elif isinstance(data.rows, OverlaidRows):
+        edges = data.rows.reader.spec.codec["edges"]
+        asked = {key: recipe[key] for key in ("align", "kd_weight")}
+        attach_cross_kd(model, recipe["method"], edges=edges, **asked)
 
 
 def _collator(method: str) -> Any:
@@ -274,7 +258,7 @@ def _arguments(recipe: dict[str, Any], steps: int, progress: bool) -> Any:
         lr_scheduler_kwargs={"min_lr_rate": recipe["min_lr_ratio"]} if cosine else None,
         warmup_steps=math.ceil(recipe["warmup_ratio"] * steps),
         bf16=recipe["dtype"] == "bfloat16",
-        use_cpu=_on_cpu(recipe),
+        use_cpu=on_cpu(recipe),
         logging_steps=recipe["log_steps"],
         # A loss that is no number must show: Trainer would log the mean of the losses before it.
         logging_nan_inf_filter=False,
@@ -285,7 +269,7 @@ def _arguments(recipe: dict[str, Any], steps: int, progress: bool) -> Any:
         # The dataset itself is shuffled, statelessly by (seed, epoch): resuming needs one integer.
         train_sampling_strategy="sequential",
         dataloader_num_workers=recipe["dataloader_workers"],
-        dataloader_pin_memory=not _on_cpu(recipe),
+        dataloader_pin_memory=not on_cpu(recipe),
         remove_unused_columns=False,
         report_to=recipe["report_to"],
         run_name=recipe["run_name"],
@@ -297,70 +281,6 @@ def _arguments(recipe: dict[str, Any], steps: int, progress: bool) -> Any:
         # Else Trainer wraps the model in torch's DataParallel, whose copies call the first one's forward.
         arguments._n_gpu = 1
     return arguments
-
-
-# --- settings -----------------------------------------------------------------------------------------
-
-
-def _check_settings(recipe: dict[str, Any]) -> None:
-    for name, known in _CHOICES.items():
-        if recipe[name] is not None and recipe[name] not in known:
-            raise RecipeError(f"{name}={recipe[name]!r} is not one of {', '.join(known)}")
-    check_at_least(1, **{name: recipe[name] for name in _COUNTS})
-    check_at_least(0, **{name: recipe[name] for name in _AMOUNTS})
-    for names, words, holds in _RANGES:
-        for name in names:
-            if recipe[name] is not None and not holds(recipe[name]):
-                raise RecipeError(f"{name}={recipe[name]} must be {words}")
-    if len(recipe["adam_betas"]) != 2 or not all(0 <= beta < 1 for beta in recipe["adam_betas"]):
-        raise RecipeError(f"adam_betas={recipe['adam_betas']} must be two numbers in [0, 1)")
-    if models.check_device(recipe["device"]) not in ("cpu", "cuda", models.default_device()):
-        raise RecipeError(
-            f"device={recipe['device']}: a process trains on the first accelerator it sees; choose it by "
-            "CUDA_VISIBLE_DEVICES and give device=cuda"
-        )
-    if recipe["teacher"] is not None and recipe["method"] != "full_kd":
-        raise RecipeError(f"teacher= is for method=full_kd; method={recipe['method']} runs none, leave it out")
-    _check_objective(recipe)
-
-
-def _check_objective(recipe: dict[str, Any]) -> None:
-    """Settings of the loss that a method does not have would be silently ignored: refuse them."""
-    method, divergence = recipe["method"], recipe["divergence"]
-    if method in CROSS_METHODS:
-        for name, plain in (("rows", None), ("ce_weight", 0.0), ("divergence", "forward_kl"), ("normalize", None)):
-            if recipe[name] != plain:
-                raise RecipeError(
-                    f"{name}={recipe[name]} is not for method={method}: its loss is CE + kd_weight {method}"
-                )
-    elif recipe["kd_weight"] is not None or recipe["max_length"] is not None:
-        raise RecipeError(f"kd_weight and max_length are for method={' or '.join(CROSS_METHODS)}, not {method}")
-    for name, plain in (("residual", "none"), ("hard_ratio", 1.0)):
-        if recipe[name] != plain and method != "cached":
-            raise RecipeError(f"{name}={recipe[name]} is for method=cached; method={method} has no sparse targets")
-    if divergence == "forward_kl":
-        return
-    if method == "ce":
-        raise RecipeError(f"divergence={divergence} is for method=cached or full_kd; method=ce has no teacher")
-    for name, plain in (("residual", "none"), ("hard_ratio", 1.0), ("ce_weight", 0.0)):
-        if recipe[name] != plain:
-            raise RecipeError(f"{name}={recipe[name]} goes with divergence=forward_kl only, not with {divergence}")
-    if method == "cached":
-        try:
-            check_sparse_divergence(divergence)
-        except ValueError as error:
-            raise RecipeError(str(error)) from None
-
-
-def _on_cpu(recipe: dict[str, Any]) -> bool:
-    return (recipe["device"] or models.default_device()) == "cpu"
-
-
-# --- the run --------------------------------------------------------------------------------------------
-
-
-def _world() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def _plan(rows: int, recipe: dict[str, Any]) -> tuple[int, int]:
@@ -376,51 +296,6 @@ def _plan(rows: int, recipe: dict[str, Any]) -> tuple[int, int]:
     return max(1, int(recipe["epochs"] * (rows // per_step))), per_step
 
 
-def _last_checkpoint(out: Path) -> str | None:
-    """The newest checkpoint that was written whole (its trainer state comes last)."""
-    found = [p for p in out.glob("checkpoint-*") if _is_whole(p)]
-    return str(max(found, key=lambda p: int(p.name.split("-")[1]))) if found else None
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
-    except (OSError, ValueError):  # a kill while it was written leaves half a file
-        return False
-    return len(list(checkpoint.glob("rng_state*"))) >= _world()
-
-
-def _finished(out: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
-    """The metrics of a run that is complete; refuse a folder that belongs to another recipe."""
-    if not (out / "recipe.json").exists():
-        if out.exists() and not out.is_dir():
-            make_folder(out)  # refuses
-        if out.exists() and any(out.iterdir()):
-            raise MismatchError(f"{out} is not empty and holds no training run; give another out=FOLDER")
-        return None
-    old = json.loads((out / "recipe.json").read_text())
-    for key in sorted((old.keys() | recipe.keys()) - _FREE):
-        if old.get(key) != recipe.get(key):
-            raise MismatchError(
-                f"{out} holds a run with {key}={old.get(key)!r}, this one has {recipe.get(key)!r}; give another "
-                "out=FOLDER, or the same settings to resume"
-            )
-    done = out / "metrics.json"
-    return json.loads(done.read_text()) if done.exists() else None
-
-
-def _check_unchanged(out: Path, identity: dict[str, Any]) -> None:
-    """Refuse to go on with a run whose training set has been made anew, otherwise, under the same path."""
-    path = out / "recipe.json"
-    old = json.loads(path.read_text())["data"] if path.exists() else identity
-    for key, value in identity.items():
-        if old.get(key) != value:
-            raise MismatchError(
-                f"the training set's {key} differ: {out} was started with {old.get(key)}, they are {value} now; give "
-                "another out=FOLDER to start anew"
-            )
-
-
 def _finish(
     trainer: Any,
     out: Path,
@@ -431,7 +306,7 @@ def _finish(
     tokenizer: Any,
 ) -> dict[str, Any]:
     """Save the student, its tokenizer and the metrics; metrics.json is written last: it marks the run as complete."""
-    log, steps = _log(trainer.state.log_history), trainer.state.global_step
+    log, steps = readable_log(trainer.state.log_history), trainer.state.global_step
     tokens_per_step = rows_per_step * data.seq_len
     metrics = {
         "method": recipe["method"],
@@ -441,7 +316,7 @@ def _finish(
         "seconds": sum(seconds),  # of the steps since the last resume
         # By the median step: a busy machine's stalls say nothing about the method.
         "tokens_per_second": tokens_per_step / statistics.median(seconds) if seconds else None,
-        "train_loss": _mean_logged(log),
+        "train_loss": mean_logged(log),
         "fingerprint": data.fingerprint,
         "tokenizer": data.tokenizer,
         "log": log,
@@ -452,18 +327,3 @@ def _finish(
             tokenizer.save_pretrained(str(out))
         write_json(out / "metrics.json", metrics)
     return metrics
-
-
-def _log(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Losses and evaluations by step; a number that JSON does not know (a gradient's inf) becomes None."""
-    kept = (entry for entry in history if "loss" in entry or "eval_loss" in entry)
-    return [{k: v if math.isfinite(v) else None for k, v in entry.items()} for entry in kept]
-
-
-def _mean_logged(log: list[dict[str, Any]]) -> float:
-    """The mean loss of all steps: each entry is the mean of the steps since the entry before it."""
-    total, last = 0.0, 0
-    for entry in log:
-        if "loss" in entry:
-            total, last = total + entry["loss"] * (entry["step"] - last), entry["step"]
-    return total / max(last, 1)

@@ -556,3 +556,17 @@ def test_folders_that_hold_something_else(world, tmp_path):
     (tmp_path / "s" / "recipe.json").write_text(json.dumps(recipe))
     with pytest.raises(MismatchError, match=f"the training set's teacher differ.* was started with {'0' * 64}"):
         run(world, tmp_path / "s")
+
+
+def test_a_run_that_moves_with_its_cache(world, tmp_path):
+    """A folder moved together with what it was made from is the same run; one that finds another cache is not."""
+    home, moved = tmp_path / "home", tmp_path / "moved"
+    shutil.copytree(world.cache, home / "cache")
+    with pytest.raises(KeyboardInterrupt):
+        run(world, home / "s", cache=str(home / "cache"), save_steps=1, callbacks=[Interrupt(2)])
+    home.rename(moved)
+    finished = run(world, moved / "s", cache=str(moved / "cache"), save_steps=1)
+    assert finished["steps"] == 6
+    assert run(world, moved / "s", cache=str(moved / "cache"), save_steps=1) == finished
+    with pytest.raises(MismatchError, match=r"holds a run with cache='.*moved/cache', this one has '.*world.*cache'"):
+        run(world, moved / "s", save_steps=1)
