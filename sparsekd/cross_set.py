@@ -7,7 +7,7 @@ from typing import Any
 
 from sparsekd import models, vocab
 from sparsekd.cache import CacheReader, check_alignment
-from sparsekd.codec import CODECS, CURVES
+from sparsekd.codec import CODECS, COUNTS, CURVES
 from sparsekd.errors import MismatchError, RecipeError, SourceError
 from sparsekd.overlay import OverlaidRows
 from sparsekd.packed import RowsReader
@@ -16,11 +16,13 @@ from sparsekd.retokenise import pair_of
 from sparsekd.training_set import TrainingSet
 
 
-def open_cross_set(cache: str | None, tokenizer: str | None, student: Any, max_length: int | None) -> TrainingSet:
+def open_cross_set(
+    cache: str | None, tokenizer: str | None, student: Any, max_length: int | None, *, allow_biased: bool = False
+) -> TrainingSet:
     """The rows of a cache of sorted curves in the tokens of `tokenizer` (default: the student checkpoint's own).
 
     Rows are cut to `max_length` student tokens, by default twice as many as the teacher's have. Of an encoder-decoder
-    checkpoint they are the answers in the cache's rows, with their prompts.
+    checkpoint they are the answers in the cache's rows, with their prompts. `allow_biased` takes counts for curves.
 
     Raises:
         RecipeError: no cache or tokenizer given, or a cache of sampled targets.
@@ -30,11 +32,11 @@ def open_cross_set(cache: str | None, tokenizer: str | None, student: Any, max_l
         raise RecipeError("method=uld and method=alm need cache=FOLDER of sampler=sorted_curve")
     reader = CacheReader(cache)
     holds = CODECS[reader.spec.codec["name"]].holds
-    if holds != CURVES:
+    if holds != CURVES and not (allow_biased and holds == COUNTS):
         raise RecipeError(
             f"{cache} holds {holds} of sampler {reader.spec.sampler.get('name')}; ULD sorts the teacher's "
             "probabilities, and sorted draws are far too steep (20 to 370 % more loss, however many rows): capture "
-            "with sampler=sorted_curve"
+            "with sampler=sorted_curve, or measure what the bias does to a cache of counts by allow_biased=true"
         )
     check_alignment(reader)
     reader.close()  # data loader workers open files of their own

@@ -78,7 +78,7 @@ def attach_cross_kd(
 
     Args:
         method: a name of `CROSS_METHODS`.
-        edges: of the cache's curves: `reader.spec.codec["edges"]`.
+        edges: of the cache's curves: `OverlaidRows.edges`.
         align: for "uld": a name of `uld.PAIRINGS`.
         kd_weight: λ; default: `KD_WEIGHTS`.
     """

@@ -49,22 +49,32 @@ class OverlaidRow:
 class OverlaidRows:
     """The rows of a cache of sorted curves, one `OverlaidRow` each, cut to `max_length` student tokens.
 
-    Goes to data loader workers as the reader does.
+    Goes to data loader workers as the reader does. Of a cache of counts, curves are the counts in falling order, which
+    is biased (`uld.uld`), and `log_p` says nothing.
+
+    Attributes:
+        edges: of the curves, as `sketch.SortedCurve` has them.
     """
 
     def __init__(self, reader: CacheReader, pair: Pair, max_length: int | None = None) -> None:
         self.reader, self.pair, self.max_length = reader, pair, max_length
+        codec = reader.spec.codec
+        self.edges = tuple(codec.get("edges") or range(min(codec["rounds"], reader.spec.logit_width) + 1))
 
     def __len__(self) -> int:
         return len(self.reader)
 
     def __getitem__(self, index: int) -> OverlaidRow:
         row = self.reader[index]
-        assert row.targets.curve is not None
         student, teacher = overlay(row.input_ids, row.starts, row.supervised, self.pair)
-        curve = np.pad(row.targets.curve, ((0, 1), (0, 0)))
-        log_p = log_probabilities(row)
+        log_p, curve = log_probabilities(row), self.curve_of(row)
         return OverlaidRow(student=head_of(student, self.max_length), teacher=teacher, log_p=log_p, curve=curve)
+
+    def curve_of(self, row: Row) -> np.ndarray:
+        """[T, C] float32, zeros at the last token."""
+        found = row.targets.curve
+        ranked = -np.sort(-row.targets.weights, -1) if found is None else found
+        return np.pad(ranked, ((0, 1), (0, len(self.edges) - 1 - ranked.shape[-1])))
 
     def close(self) -> None:
         """Let the reader's files go."""
@@ -165,9 +175,11 @@ def _join(pieces: list[Overlaid]) -> Overlaid:
 
 
 def log_probabilities(row: Row) -> np.ndarray:
-    """[T] float32, natural logarithm of the probability of token t+1; 0 where it is not supervised."""
-    kept = row.supervised[1:]
+    """[T] float32, natural logarithm of the probability of token t+1; 0 where it is not supervised, or not known."""
     log_p = np.zeros(len(row.input_ids), np.float32)
+    if row.targets.curve is None:
+        return log_p
+    kept = row.supervised[1:]
     log_p[:-1][kept] = np.log(row.targets.weights[kept, 0])
     return log_p
 

@@ -64,7 +64,6 @@ class PromptedRows(OverlaidRows):
     def __getitem__(self, index: int) -> PromptedRow:
         number, opens, first, last = self.places[index]
         row = self.reader[number]
-        assert row.targets.curve is not None
         starts = row.starts.astype(bool).copy()
         starts[first] = True  # the decoder begins with the answer
         (prompt, _), (student, teacher) = (
@@ -75,7 +74,7 @@ class PromptedRows(OverlaidRows):
             student=head_of(student, self.max_length),
             teacher=_after(row.input_ids[first - 1], teacher),
             log_p=log_probabilities(row)[first - 1 : last],
-            curve=np.pad(row.targets.curve, ((0, 1), (0, 0)))[first - 1 : last],
+            curve=self.curve_of(row)[first - 1 : last],
             prompt=_ended(prompt.ids, self.pair.student.eos, self.max_length),
         )
 

@@ -69,6 +69,7 @@ def train(
     max_length: int | None = None,
     normalize: bool | None = None,
     allow_misaligned: bool = False,
+    allow_biased: bool = False,
     dtype: str | None = None,
     device: str | None = None,
     gradient_checkpointing: bool = False,
@@ -126,6 +127,7 @@ def train(
         normalize: for a cache of importance draws: self-normalised (true) or plain unbiased weights (false); default:
             as captured.
         allow_misaligned: train on what `sparsekd misalign` made, whose targets belong to other contexts.
+        allow_biased: for "uld": take a cache of counts, whose sorted draws are far too steep, for its curves.
         dtype: "float32", or "bfloat16" for mixed precision (weights stay float32).
         device: "cpu" or "cuda" (one per process; choose among several by CUDA_VISIBLE_DEVICES).
         gradient_checkpointing: compute activations twice instead of keeping them.
@@ -160,7 +162,8 @@ def train(
 
 def _open_data(recipe: dict[str, Any]) -> TrainingSet:
     if recipe["method"] in CROSS_METHODS:
-        return open_cross_set(recipe["cache"], recipe["tokenizer"], recipe["student"], recipe["max_length"])
+        where = [recipe[key] for key in ("cache", "tokenizer", "student", "max_length")]
+        return open_cross_set(*where, allow_biased=recipe["allow_biased"])
     asked = {key: recipe[key] for key in ("normalize", "allow_misaligned")}
     return open_training_set(recipe["method"], recipe["cache"], recipe["rows"], **asked)
 
@@ -208,9 +211,8 @@ def _attach_loss(model: Any, recipe: dict[str, Any], data: TrainingSet, teacher:
     elif teacher is not None:
         attach_full_kd(model, teacher, ce_weight=recipe["ce_weight"], divergence=recipe["divergence"])
     elif isinstance(data.rows, OverlaidRows):
-        edges = data.rows.reader.spec.codec["edges"]
         asked = {key: recipe[key] for key in ("align", "kd_weight")}
-        attach_cross_kd(model, recipe["method"], edges=edges, **asked)
+        attach_cross_kd(model, recipe["method"], edges=data.rows.edges, **asked)
 
 
 def _collator(method: str) -> Any:

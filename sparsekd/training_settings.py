@@ -73,6 +73,8 @@ def _check_objective(recipe: dict[str, Any]) -> None:
                 )
     elif recipe["kd_weight"] is not None or recipe["max_length"] is not None:
         raise RecipeError(f"kd_weight and max_length are for method={' or '.join(CROSS_METHODS)}, not {method}")
+    if recipe["allow_biased"] and method != "uld":
+        raise RecipeError(f"allow_biased is for method=uld on a cache of counts, not for method={method}")
     for name, plain in (("residual", "none"), ("hard_ratio", 1.0)):
         if recipe[name] != plain and method != "cached":
             raise RecipeError(f"{name}={recipe[name]} is for method=cached; method={method} has no sparse targets")

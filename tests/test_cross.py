@@ -219,6 +219,19 @@ def test_sampled_targets_are_refused_with_the_reason(cross, world, tmp_path):
         train(out=tmp_path / "s", method="uld", **settings(cross, cache=world.cache))
 
 
+def test_sampled_targets_all_the_same(cross, world, tmp_path):
+    """Who insists trains on sorted counts, which is `uld` on the same targets; ALM has nothing to insist on."""
+    data = open_cross_set(world.cache, cross.tokenizer, TINY, None, allow_biased=True)
+    row, stored = data.rows[0], CacheReader(world.cache)[0].targets.weights
+    assert row.curve.shape[-1] == len(data.rows.edges) - 1 == data.rows.reader.spec.sampler["rounds"]
+    np.testing.assert_array_equal(row.curve[:-1, : stored.shape[-1]], -np.sort(-stored, -1))
+    assert not row.curve[:, stored.shape[-1] :].any()
+    found = train(out=tmp_path / "s", method="uld", allow_biased=True, **settings(cross, cache=world.cache))
+    assert found["steps"] > 0
+    with pytest.raises(RecipeError, match="allow_biased is for method=uld on a cache of counts"):
+        train(out=tmp_path / "a", method="alm", allow_biased=True, **settings(cross, cache=world.cache))
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
