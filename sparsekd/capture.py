@@ -26,13 +26,13 @@ from sparsekd.codec import (
     WEIGHTS,
     codec_spec,
     default_codec,
-    encode_row,
 )
 from sparsekd.drawing import (
     HEAD_BYTES,
     SKETCHES,
     Teacher,
     cpu_threads,
+    default_shard_rows,
     draw_records,
     read_head,
     read_rows,
@@ -40,6 +40,7 @@ from sparsekd.drawing import (
     shard_batches,
 )
 from sparsekd.errors import MismatchError, RecipeError, StorageError
+from sparsekd.folder import expected_row_bytes
 from sparsekd.making import copy_tokenizer, parse_shard_range
 from sparsekd.manifest import shard_name
 from sparsekd.packed import RowsReader, describe_rows
@@ -50,9 +51,6 @@ from sparsekd.samplers import (
 )
 from sparsekd.shard_thread import ShardThread
 from sparsekd.sketch import curve_edges
-
-# A shard is the unit of resume: at most 4M tokens (minutes of one accelerator), and 16 of them in a small cache.
-SHARD_TOKENS = 2**22
 
 
 def capture(
@@ -163,7 +161,7 @@ def _make_spec(
     return CacheSpec(
         rows=count,
         seq_len=reader.seq_len,
-        shard_rows=shard_rows or _default_shard_rows(count, reader.seq_len, batch_size),
+        shard_rows=shard_rows or default_shard_rows(count, reader.seq_len, batch_size),
         logit_width=width,
         codec=choose(rounds=rounds, logit_width=width, **weighing),
         sampler=draws | {"rng": rng.ALGORITHM, "unbiased": _is_unbiased(draws["name"], parameters)},
@@ -230,11 +228,6 @@ def _gives(sampler: str, parameters: dict[str, Any]) -> tuple[str, ...]:
     return (COUNTS,) if parameters["temperature"] == 1 else (IMPORTANCE, WEIGHTS)
 
 
-def _default_shard_rows(rows: int, seq_len: int, batch_size: int) -> int:
-    wanted = max(1, min(SHARD_TOKENS // seq_len, -(-rows // 16)))
-    return -(-wanted // batch_size) * batch_size
-
-
 def _engine(device: str) -> dict[str, Any]:
     """On what the shards were made: recorded, not part of the identity."""
     import transformers
@@ -268,15 +261,15 @@ def _preflight(source: Teacher, reader: RowsReader, todo: list[int], out: Path, 
     spec = source.spec
     batch = next(shard_batches(spec, todo[0]))
     records = draw_records(source, reader, batch)
-    size = sum(len(encode_row(r.input_ids, r.targets, r.supervised, spec.codec)) for r in records)
-    needed = int(size / len(batch) * sum(len(spec.shard_range(shard)) for shard in todo) * 1.02)
+    each = expected_row_bytes(records, spec.codec, spec.shard_rows)
+    needed = int(each * sum(len(spec.shard_range(shard)) for shard in todo) * 1.02)
     free = shutil.disk_usage(out).free
     if needed > free and not force:
         raise StorageError(
-            f"the shards to come need about {needed / 1e9:.2f} GB ({size / len(batch) / spec.seq_len:.1f} bytes per "
+            f"the shards to come need about {needed / 1e9:.2f} GB ({each / spec.seq_len:.1f} bytes per "
             f"token), {out} has {free / 1e9:.2f} GB free; free some, take fewer rounds, or add --force"
         )
-    return size / len(batch) / spec.seq_len
+    return each / spec.seq_len
 
 
 # --- the work -------------------------------------------------------------------------------------------

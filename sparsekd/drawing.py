@@ -27,6 +27,8 @@ from sparsekd.targets import SparseTargets
 
 # The head's fp32 logits exist for this many bytes at a time; part of the manifest through head_chunk.
 HEAD_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
+# A shard is the unit of resume: at most 4M tokens (minutes of one accelerator), and 16 of them in a small cache.
+SHARD_TOKENS = 2**22
 # What capture takes beside the samplers: a teacher without ids, for students of other vocabularies.
 SKETCHES: dict[str, Callable[..., TeacherSketch]] = {"sorted_curve": teacher_sketch}
 
@@ -108,6 +110,12 @@ def sampler_parameters(sampler: str) -> dict[str, Any]:
     """A sampler's parameters with their defaults, so that the manifest states every one."""
     signature = inspect.signature((SAMPLERS | SKETCHES)[sampler]).parameters.values()
     return {p.name: p.default for p in signature if p.kind is p.KEYWORD_ONLY}
+
+
+def default_shard_rows(rows: int, seq_len: int, batch_size: int = 1) -> int:
+    """Rows of a shard where none are asked for, whole batches."""
+    wanted = max(1, min(SHARD_TOKENS // seq_len, -(-rows // 16)))
+    return -(-wanted // batch_size) * batch_size
 
 
 def shard_batches(spec: CacheSpec, shard: int) -> Iterator[range]:

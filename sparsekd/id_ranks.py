@@ -36,13 +36,13 @@ class IdRanks:
     ranks: Array
 
 
-def id_ranks(targets: Iterable[FlatTargets], logit_width: int) -> IdRanks:
-    """Ranks by the number of entries; the table holds the ids that have at least 32, ties by id."""
+def id_ranks(targets: Iterable[FlatTargets], logit_width: int, least: int = _LEAST) -> IdRanks:
+    """Ranks by the number of entries; the table holds the ids of at least `least` (32 in a shard), ties by id."""
     uses = np.zeros(logit_width, np.int64)
     for flat in targets:
         uses += np.bincount(flat.ids[flat.ids < logit_width], minlength=logit_width)
     order = np.argsort(-uses, kind="stable")
-    table = encode_ints([order[: int((uses >= _LEAST).sum())]])
+    table = encode_ints([order[: int((uses >= least).sum())]])
     ids = ids_of_ranks(table, logit_width)
     ranks = np.empty(logit_width, np.uint32)
     ranks[ids] = np.arange(logit_width, dtype=np.uint32)

@@ -1,7 +1,7 @@
 """Plan: the teacher reads a few thousand tokens, and a table says what each sampler would keep, cost and err.
 
 Squared errors, ids and angles are expectations in closed form (variance.py); bytes are those of targets drawn and coded
-as a cache would hold them, input ids included. Nothing is trained.
+as shards of the whole cache would hold them, input ids and index included. Nothing is trained.
 
 A recipe for the choice is written beside the table.
 """
@@ -16,10 +16,11 @@ import numpy as np
 
 from sparsekd import models, plots
 from sparsekd.checks import check_at_least, check_seed, make_folder
+from sparsekd.drawing import default_shard_rows
 from sparsekd.errors import RecipeError
 from sparsekd.files import write_json
 from sparsekd.packed import RowsReader
-from sparsekd.plan_measures import Reading, Tally, expected_angle, read_batch, unbiased
+from sparsekd.plan_measures import Reading, Tally, bytes_by_codec, expected_angle, read_batch, unbiased
 
 # The paper's setting: 50 draws with replacement, 24 bits an id.
 PAPER = {"name": "random_sampling", "rounds": 50}
@@ -196,7 +197,8 @@ def plan_text(result: Mapping[str, Any]) -> str:
 
 def _entry(tally: Tally, read: Reading, paper: float, *, tokens: int, sampled: int, batch: int) -> dict[str, Any]:
     """One line of the plan."""
-    sizes = {name: size / sampled for name, size in tally.bytes.items()}
+    length = read.reader.seq_len
+    sizes = bytes_by_codec(tally, read, default_shard_rows(-(-tokens // length), length))
     codec = min(sizes, key=lambda name: sizes[name])
     return {
         "sampler": tally.sampler,

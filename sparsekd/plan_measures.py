@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from sparsekd import models
-from sparsekd.codec import CODECS, COUNTS, WEIGHTS, codec_spec, encode_row
+from sparsekd.codec import CODECS, COUNTS, WEIGHTS, codec_spec
 from sparsekd.drawing import read_head
 from sparsekd.errors import MismatchError, RecipeError
 from sparsekd.flat import FlatTargets
+from sparsekd.folder import RowRecord, expected_row_bytes
 from sparsekd.packed import RowsReader
 from sparsekd.samplers import count_rounds, is_unbiased, sample
 from sparsekd.variance import fidelity, head_noise
@@ -37,7 +38,7 @@ class Tally:
         error, bias, ids: of E‖t̂ - p‖², ‖E[t̂] - p‖² and the expected number of ids.
         noise: E‖G - E[G]‖² of the gradient in the head's weight.
         seconds: spent drawing.
-        bytes: of coded rows, by codec.
+        flat: the targets drawn, row by row.
         gradient: E[G]; full distillation's own when the sampler is unbiased.
     """
 
@@ -47,7 +48,7 @@ class Tally:
     ids: float = 0.0
     noise: float = 0.0
     seconds: float = 0.0
-    bytes: dict[str, int] = field(default_factory=dict)
+    flat: list[FlatTargets] = field(default_factory=list)
     gradient: Gradient | None = None
 
 
@@ -95,6 +96,7 @@ class Reading:
         self.unigram_V = torch.zeros(self.width, dtype=torch.float64, device=self.model.device)
         self.entropy = self.seconds = 0.0
         self.positions = 0
+        self.tokens: list[np.ndarray] = []
         self.full = self._gradient()
 
     def _gradient(self) -> Gradient | None:
@@ -161,7 +163,9 @@ def read_batch(read: Reading, numbers: Sequence[int], tallies: Sequence[Tally], 
             _add_exact(tally, read, p_CV, hidden_CH, student_CV)
             drawn.append(_draw(tally, logits_CV, keys))
     for tally, drawn in zip(tallies, parts, strict=True):
-        _add_bytes(tally, FlatTargets.join(drawn), tokens_BL, read.width)
+        whole = FlatTargets.join(drawn)
+        tally.flat += [whole.take(np.arange(start, start + length)) for start in range(0, len(row_N), length)]
+    read.tokens += list(tokens_BL)
 
 
 def _add_exact(tally: Tally, read: Reading, p_CV: Tensor, hidden_CH: Tensor, student_CV: Tensor | None) -> None:
@@ -187,14 +191,16 @@ def _draw(tally: Tally, logits_CV: Tensor, keys: dict[str, Any]) -> FlatTargets:
     return FlatTargets.from_padded(targets.ids.cpu().numpy(), values, rounds)
 
 
-def _add_bytes(tally: Tally, flat: FlatTargets, tokens_BL: np.ndarray, width: int) -> None:
-    """Each row's block by every codec that holds such targets."""
-    supervised, length = np.ones(tokens_BL.shape[1], bool), tokens_BL.shape[1] - 1
-    for spec in _codecs(flat.rounds, width):
-        for number, tokens_L in enumerate(tokens_BL):
-            own = flat.take(np.arange(number * length, (number + 1) * length))
-            size = len(encode_row(tokens_L, own, supervised, spec))
-            tally.bytes[spec["name"]] = tally.bytes.get(spec["name"], 0) + size
+def bytes_by_codec(tally: Tally, read: Reading, shard_rows: int) -> dict[str, float]:
+    """Bytes a token of a cache of such rows, by every codec that holds such targets."""
+    everything = np.ones(len(read.tokens[0]), bool)
+    starts = np.zeros_like(everything)
+    records = [
+        RowRecord(input_ids=tokens_L, targets=flat, starts=starts, supervised=everything)
+        for tokens_L, flat in zip(read.tokens, tally.flat, strict=True)
+    ]
+    specs = _codecs(tally.flat[0].rounds, read.width)
+    return {spec["name"]: expected_row_bytes(records, spec, shard_rows) / len(everything) for spec in specs}
 
 
 def _codecs(rounds: int | None, width: int) -> list[dict[str, Any]]:

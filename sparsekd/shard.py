@@ -71,6 +71,11 @@ def hash_ids(input_ids: Array) -> int:
     return int.from_bytes(hashlib.blake2b(data).digest()[:8], "little")
 
 
+def row_index_bytes(seq_len: int) -> int:
+    """What a row takes beside its block: offset, checksum, hash and two masks of bits."""
+    return 8 + 4 + 8 + 2 * -(-seq_len // 8)
+
+
 def _row_crc(index: int, starts: bytes, supervised: bytes, block: bytes) -> int:
     """crc32c over the row's number in the cache (u64), its two masks and its block."""
     crc: int = crc32c(block, crc32c(supervised, crc32c(starts, crc32c(struct.pack("<Q", index)))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from pathlib import Path
@@ -16,9 +17,11 @@ import sparsekd as skd
 from sparsekd import models
 from sparsekd.capture import capture
 from sparsekd.cli import app
+from sparsekd.codec import encode_row
 from sparsekd.errors import MismatchError, RecipeError
 from sparsekd.packed import RowsReader
 from sparsekd.plan import candidates, choose, plan
+from sparsekd.shard import row_index_bytes
 
 SMALL = {"rounds": [10, 20], "top_k": [5], "device": "cpu"}
 
@@ -35,16 +38,47 @@ def option(result, name, size):
     return next(o for o in result["options"] if list(o["sampler"].values()) == [name, size])
 
 
+def stored_bytes(folder):
+    """Of a cache's shards, their JSON headers left out, and of its tokens."""
+    files = sorted(Path(folder).glob("shard-*"))
+    headers = sum(8 + int.from_bytes(file.read_bytes()[:8], "little") for file in files)
+    return sum(file.stat().st_size for file in files) - headers, skd.CacheReader(str(folder)).manifest["stats"]
+
+
 def test_bytes_are_those_of_a_capture(world, planned, tmp_path):
     """The same rows captured with the same seed: bytes and ids per token agree to the last bits of logits."""
     sampler = {"name": "systematic", "rounds": 20}
     settings = {"sampler": sampler, "split": "heldout", "codec": "raw24", "device": "cpu"}
-    stats = capture(rows=world.rows, teacher=world.teacher, out=tmp_path / "c", **settings)["stats"]
+    capture(rows=world.rows, teacher=world.teacher, out=tmp_path / "c", **settings)
+    size, stats = stored_bytes(tmp_path / "c")
     found = option(planned, "systematic", 20)
-    assert found["bytes_by_codec"]["raw24"] == pytest.approx(stats["payload_bytes"] / stats["tokens"], rel=0.02)
+    assert found["bytes_by_codec"]["raw24"] == pytest.approx(size / stats["tokens"], rel=0.01)
     assert found["ids"] == pytest.approx(stats["pairs"] / stats["positions"], rel=0.02)
     assert found["gigabytes"] == pytest.approx(found["bytes"])
     assert found["bytes"] == min(found["bytes_by_codec"].values()) == found["bytes_by_codec"][found["codec"]]
+
+
+def test_bytes_of_split_are_those_of_a_whole_cache(world, tmp_path, monkeypatch):
+    """A third of the rows tells the files' bytes a token to 2 %; so does capture's first batch, before it begins.
+
+    Without the ranks that a shard gives its ids, blocks would be more than 2 % too large."""
+    capture_module = importlib.import_module("sparsekd.capture")
+    known = {"rows": world.rows, "teacher": world.teacher, "device": "cpu"}
+    estimates, own = [], capture_module._preflight
+    monkeypatch.setattr(capture_module, "_preflight", lambda *words: estimates.append(own(*words)) or estimates[-1])
+    capture(**known, out=tmp_path / "c", batch_size=32, shard_rows=96)
+    size, stats = stored_bytes(tmp_path / "c")
+    reader = RowsReader(world.rows)
+    sampled = {"sample_tokens": len(reader) * reader.seq_len // 3, "rounds": [50], "top_k": [5]}
+    result = plan(**known, out=tmp_path / "p", tokens=96 * 16 * reader.seq_len, **sampled)
+    assert option(result, "systematic", 50)["bytes_by_codec"]["split"] == pytest.approx(
+        size / stats["tokens"], rel=0.02
+    )
+    assert estimates == [pytest.approx(size / stats["tokens"], rel=0.02)]
+    cache, plain = skd.CacheReader(str(tmp_path / "c")), 0
+    for row in range(len(reader)):
+        plain += len(encode_row(cache[row].input_ids, cache.flat(row), cache[row].supervised, cache.spec.codec))
+    assert plain / stats["tokens"] + row_index_bytes(32) / 32 > 1.02 * size / stats["tokens"]
 
 
 @torch.no_grad()
