@@ -12,16 +12,13 @@ import torch
 from torch import Tensor
 
 from sparsekd.inversion import (
-    BLOCK,
     LOWEST,
     Points,
-    block_sums,
-    chunks,
-    in_blocks,
-    invert,
-    merge_draws,
-    shifted_logits,
+    draw_parts,
+    ids_in,
+    merge_ascending,
     side_by_side,
+    tilted_masses,
 )
 from sparsekd.rng import Keys
 from sparsekd.targets import SparseTargets
@@ -62,15 +59,14 @@ def importance_draws(
 ) -> ImportanceDraws:
     """R draws from q ∝ p^temperature at `points` of its cumulative distribution, with all that their weights need."""
     parts = []
-    for part_NV, part_keys in chunks(logits_NV, keys, extra=8 * BLOCK * rounds):
-        shifted = shifted_logits(part_NV)
-        total_p = block_sums(in_blocks(shifted.exp())).sum(-1, keepdim=True)
-        # 0^0 is 0 here: q's support is p's, so a uniform proposal (t = 0) leaves out ids that are masked with -inf.
-        mass = (shifted * temperature).exp_().masked_fill_(shifted <= LOWEST, 0)
-        ids, counts = merge_draws(invert(in_blocks(mass), points(part_keys, rounds)))
-        total_q = block_sums(in_blocks(mass)).sum(-1)
-        log2_p = shifted.gather(-1, ids).double() / math.log(2) - total_p.log2()
-        entropy = (total_q.log2() - temperature * total_p[:, 0].log2()) / (1 - temperature)
+    for part_NV, part_keys in draw_parts(logits_NV, keys, rounds):
+        masses, log2_q = tilted_masses(part_NV, temperature)
+        _, log2_all = tilted_masses(part_NV, 1.0)
+        ids, counts = merge_ascending(ids_in(part_NV, masses, points(part_keys, rounds), temperature))
+        # Padding is id 0, which may be masked with -inf: finite, so that a count of 0 stays a weight of 0.
+        below_peak = (part_NV.gather(-1, ids).double() - part_NV.amax(-1, keepdim=True).double()).clamp_(min=LOWEST)
+        log2_p = below_peak / math.log(2) - log2_all[:, None]
+        entropy = (log2_q - temperature * log2_all) / (1 - temperature)
         parts.append((ids, counts, log2_p, entropy.clamp_(min=0)))
     ids_, counts_, log2_ps, entropies = zip(*parts, strict=True)
     return ImportanceDraws(

@@ -68,11 +68,16 @@ def ids_at(logits_NV: Tensor, points_NR: Tensor) -> Tensor:
     Raises:
         ModelError: logits that are NaN or +inf, or -inf throughout a row.
     """
-    block, fraction = _locate(block_masses(logits_NV).cumsum_(-1), points_NR)
+    return ids_in(logits_NV, block_masses(logits_NV), points_NR)
+
+
+def ids_in(logits_NV: Tensor, masses: Tensor, points_NR: Tensor, temperature: float = 1.0) -> Tensor:
+    """`ids_at` of q ∝ p^temperature, whose [N, blocks] masses are given (`block_masses` or `tilted_masses`)."""
+    block, fraction = _locate(masses.cumsum(-1), points_NR)
     opens = torch.ones_like(block, dtype=torch.bool)
     torch.ne(block[:, 1:], block[:, :-1], out=opens[:, 1:])
     row, slot = opens.nonzero(as_tuple=True)
-    ends = _interval_ends(_block_logits(logits_NV, row, block[row, slot]))
+    ends = _interval_ends(_tilted(_block_logits(logits_NV, row, block[row, slot]), temperature))
     # One search for all points of all rows: whole numbers of 2^-40, so that no row depends on where it stands in the
     # batch, and one opened block's numbers lie above the one's before.
     opened = opens.flatten().cumsum(0) - 1
@@ -84,21 +89,61 @@ def ids_at(logits_NV: Tensor, points_NR: Tensor) -> Tensor:
 
 def block_masses(logits_NV: Tensor) -> Tensor:
     """[N, blocks] float64: the probability of each block of `BLOCK` ids; the last block may be shorter."""
+    masses = _no_masses(logits_NV)
+    for rows, p in _softmaxes(logits_NV):
+        _sum_blocks(p, masses[rows])
+    return _finite(masses)
+
+
+def tilted_masses(logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """`block_masses` of q ∝ p^temperature, and [N] float64 log2 Σ exp(temperature (z - max z)), which normalises it."""
+    masses, largest = _no_masses(logits_NV), torch.empty(len(logits_NV), dtype=torch.float64, device=logits_NV.device)
+    for rows, q in _softmaxes(logits_NV, temperature):
+        _sum_blocks(q, masses[rows])
+        largest[rows] = q.amax(-1)
+    return _finite(masses), (masses.sum(-1) / largest).log2()
+
+
+def _no_masses(logits_NV: Tensor) -> Tensor:
+    blocks = -(-logits_NV.shape[1] // BLOCK)
+    return torch.empty(len(logits_NV), blocks, dtype=torch.float64, device=logits_NV.device)
+
+
+def _softmaxes(logits_NV: Tensor, temperature: float = 1.0) -> Iterator[tuple[slice, Tensor]]:
+    """softmax(temperature * logits) of a few rows at a time, in a buffer that the next ones are written over."""
     count, vocab = logits_NV.shape
-    whole = vocab // BLOCK * BLOCK
-    masses = torch.empty(count, -(-vocab // BLOCK), dtype=torch.float64, device=logits_NV.device)
     step = max(1, _budget(logits_NV) // (4 * vocab))
-    buffer = torch.empty(min(step, count), vocab, dtype=working_dtype(logits_NV), device=logits_NV.device)
+    dtype, device = working_dtype(logits_NV), logits_NV.device
+    buffer = torch.empty(min(step, count), vocab, dtype=dtype, device=device)
+    scaled = buffer if temperature == 1 else torch.empty_like(buffer)
     for start in range(0, count, step):
-        part = slice(start, start + step)
-        p = buffer[: len(logits_NV[part])]
-        torch.softmax(logits_NV[part], -1, dtype=p.dtype, out=p)
-        masses[part, : whole // BLOCK] = p[:, :whole].unflatten(-1, (whole // BLOCK, BLOCK)).sum(-1)
-        if whole < vocab:
-            masses[part, -1] = p[:, whole:].sum(-1)
+        rows = slice(start, start + step)
+        part = logits_NV[rows]
+        p = buffer[: len(part)]
+        torch.softmax(
+            part if temperature == 1 else _tilted(scaled[: len(part)].copy_(part), temperature), -1, dtype=dtype, out=p
+        )
+        yield rows, p
+
+
+def _sum_blocks(p_NV: Tensor, masses: Tensor) -> None:
+    whole = p_NV.shape[1] // BLOCK * BLOCK
+    masses[:, : whole // BLOCK] = p_NV[:, :whole].unflatten(-1, (whole // BLOCK, BLOCK)).sum(-1)
+    if whole < p_NV.shape[1]:
+        masses[:, -1] = p_NV[:, whole:].sum(-1)
+
+
+def _finite(masses: Tensor) -> Tensor:
     if not bool(torch.isfinite(masses.sum())):
         _refuse(~torch.isfinite(masses).all(-1))
     return masses
+
+
+def _tilted(logits: Tensor, temperature: float) -> Tensor:
+    """temperature * logits, in place; 0 * -inf is -inf here: q's support is p's, so a uniform proposal (temperature 0)
+    leaves out ids that are masked."""
+    logits.mul_(temperature)
+    return logits.nan_to_num_(nan=-torch.inf, neginf=-torch.inf) if temperature == 0 else logits
 
 
 def _locate(cumulative: Tensor, points_NR: Tensor) -> tuple[Tensor, Tensor]:

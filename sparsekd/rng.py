@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# The part behind the slash counts the ways in which uniforms became ids (`inversion.ids_at` is the second): a cache
-# begun with another is not gone on with.
-ALGORITHM = "philox4x32-10/2"
+# The part behind the slash counts the ways in which uniforms became ids (`inversion.ids_at` is the second; with the
+# third, draws from q ∝ p^t go by it too): a cache begun with another is not gone on with.
+ALGORITHM = "philox4x32-10/3"
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

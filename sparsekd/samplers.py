@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,11 +37,13 @@ from sparsekd.rng import Keys
 from sparsekd.targets import SparseTargets
 
 __all__ = [
+    "ORDERED",
     "SAMPLERS",
     "ImportanceDraws",
     "check_parameters",
     "count_rounds",
     "default_parameters",
+    "in_vocabulary",
     "is_unbiased",
     "sample",
     "sample_importance",
@@ -54,11 +57,13 @@ def sample(
     seed: int = 0,
     rows: Tensor | None = None,
     positions: Tensor | None = None,
+    order: Tensor | None = None,
     **parameters: Any,
 ) -> SparseTargets:
     """Sparse targets for each row of `logits_NV` by the sampler of that name.
 
-    Equals `SAMPLERS[sampler](logits_NV, Keys(seed, rows, positions), **parameters)`.
+    Equals `SAMPLERS[sampler](logits_NV, Keys(seed, rows, positions), **parameters)`; with an order,
+    `in_vocabulary(sample(logits_NV[:, order], ...), order)`.
 
     Args:
         logits_NV: [N, V] teacher logits, any float type.
@@ -66,6 +71,9 @@ def sample(
         seed: 64-bit seed of the counter-based generator.
         rows: [N] int64, which row each position belongs to (default: all 0).
         positions: [N] int64, the position within the row (default: 0 .. N-1).
+        order: [V] int64, a permutation of the ids (`vocabulary_order(head_VH)`), for `systematic` alone: draws pass
+            over the ids in this order. No id's own law changes; among ids of little mass, neighbours stand for each
+            other, so the noise of a gradient is less where neighbours are alike.
         parameters: of the sampler, e.g. `rounds=50, temperature=1.0` or `k=12`.
 
     Raises:
@@ -73,7 +81,9 @@ def sample(
         ModelError: logits that are NaN or +inf.
     """
     check_parameters(sampler, parameters)
-    return SAMPLERS[sampler](logits_NV, _keys(logits_NV, seed, rows, positions), **parameters)
+    logits_NV = _in_order(logits_NV, sampler, order)
+    drawn = SAMPLERS[sampler](logits_NV, _keys(logits_NV, seed, rows, positions), **parameters)
+    return drawn if order is None else in_vocabulary(drawn, order)
 
 
 def sample_importance(
@@ -85,12 +95,40 @@ def sample_importance(
     seed: int = 0,
     rows: Tensor | None = None,
     positions: Tensor | None = None,
+    order: Tensor | None = None,
 ) -> ImportanceDraws:
     """The draws behind `sample(logits_NV, sampler, ...)` at a temperature that is not 1, before they are weighed: what
     a cache stores so that its reader can choose the weighting. Arguments and errors as in `sample`."""
     check_parameters(sampler, {"rounds": rounds, "temperature": temperature})
-    keys = _keys(logits_NV, seed, rows, positions)
-    return importance_draws(logits_NV, keys, points=POINTS[sampler], rounds=rounds, temperature=temperature)
+    logits_NV, keys = _in_order(logits_NV, sampler, order), _keys(logits_NV, seed, rows, positions)
+    drawn = importance_draws(logits_NV, keys, points=POINTS[sampler], rounds=rounds, temperature=temperature)
+    return drawn if order is None else in_vocabulary(drawn, order)
+
+
+Drawn = TypeVar("Drawn", SparseTargets, ImportanceDraws)
+
+
+def in_vocabulary(drawn: Drawn, order_V: Tensor) -> Drawn:
+    """What was drawn from logits whose columns stand in another order, as ids of the vocabulary, ascending again."""
+    size = drawn.weights if isinstance(drawn, SparseTargets) else drawn.counts
+    order_V = order_V.to(drawn.ids.device)
+    ids, slot = order_V[drawn.ids].masked_fill_(size == 0, len(order_V)).sort(-1)
+    ids = ids.masked_fill_(ids == len(order_V), 0)  # padding, which now stands at the end
+    if isinstance(drawn, SparseTargets):
+        return SparseTargets(ids=ids, weights=drawn.weights.gather(-1, slot))
+    return replace(drawn, ids=ids, counts=drawn.counts.gather(-1, slot), log2_p=drawn.log2_p.gather(-1, slot))
+
+
+def _in_order(logits_NV: Tensor, sampler: str, order: Tensor | None) -> Tensor:
+    """The columns of the logits in the order that is asked for, checked."""
+    if order is None:
+        return logits_NV
+    if sampler not in ORDERED:
+        raise RecipeError(f"order is for {', '.join(ORDERED)}, whose draws hang together; {sampler} has no use for it")
+    order, vocab = order.to(logits_NV.device), logits_NV.shape[1]
+    if order.shape != (vocab,) or not torch.equal(order.sort().values, torch.arange(vocab, device=order.device)):
+        raise RecipeError(f"order has shape {tuple(order.shape)}; it must hold each of the ids 0 to {vocab - 1} once")
+    return logits_NV.index_select(1, order)
 
 
 def _keys(logits_NV: Tensor, seed: int, rows: Tensor | None, positions: Tensor | None) -> Keys:
@@ -131,8 +169,8 @@ def systematic(
     normalisation that would bias it (see `random_sampling`).
 
     Two ids' counts are dependent through the order of ids. A gradient is linear in the weights, so dependence never
-    moves its mean, and for a gradient that separates ids (the logits') not even its squared error; what it does to a
-    parameter's gradient is measured by benchmarks/estimators.py.
+    moves its mean, and for a gradient that separates ids (the logits') not even its squared error; a parameter's
+    gradient has a quarter less noise where neighbours are alike (`sample(order=)`, vocabulary_order.py, docs/LOG.md).
 
     Returns:
         ids [N, K] ascending and distinct, K the largest number of distinct ids among these positions.
@@ -202,6 +240,9 @@ SAMPLERS: dict[str, Callable[..., SparseTargets]] = {
 
 # Where the samplers that count draws put them: what `sample_importance` can take.
 POINTS: dict[str, Points] = {"random_sampling": independent_points, "systematic": even_points}
+
+# The samplers whose draws depend on each other through the order of ids.
+ORDERED = ("systematic",)
 
 # (parameter, lowest, highest) for each sampler; what is not listed here is an unknown key.
 _RANGES: dict[str, dict[str, tuple[float, float]]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -61,6 +62,50 @@ def systematic_plain(p: list[float], u: float, rounds: int) -> list[int]:
         start, end = end, end + mass
         counts.append(sum(start <= point < end for point in points))
     return counts
+
+
+def importance_plain(logits_NV: Tensor, points_NR: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """ids [N, R] at some points of q ∝ p^temperature, log2 p of each, and the Rényi entropy [N]: dense, in float64."""
+    p = logits_NV.double().softmax(-1)
+    q = p.pow(temperature).where(p > 0, 0)
+    total = q.sum(-1, keepdim=True)
+    ids = torch.searchsorted((q / total).cumsum(-1).contiguous(), points_NR, right=True).clamp(max=len(p[0]) - 1)
+    return ids, p.gather(-1, ids).log2(), total[:, 0].log2() / (1 - temperature)
+
+
+def vocabulary_order_plain(head_VH: Tensor, columns: int, rows: int, steps: int) -> list[int]:
+    """The order of ids run by run, all products and sums in int64: what float64 does exactly on any machine."""
+
+    def scaled(values: np.ndarray) -> np.ndarray:
+        return np.rint(values / max(int(np.abs(values).max()), 1) * 2.0**15).astype(np.int64)
+
+    def mean(of: np.ndarray) -> np.ndarray:
+        return np.rint(of.sum(0) / len(of)).astype(np.int64)
+
+    scale = np.float32(2**12 / float(head_VH.abs().max()))
+    whole = np.rint(head_VH.float().numpy() * scale).astype(np.int64)
+    group = -(-whole.shape[1] // columns)
+    whole *= np.array([-1 if (j * 2654435769) & 2**31 else 1 for j in range(whole.shape[1])])
+    grid = np.pad(whole, ((0, 0), (0, -whole.shape[1] % group))).reshape(len(whole), -1, group).sum(-1)
+    ids, size = np.arange(len(grid)), 1 << (len(grid) - 1).bit_length()
+    while size > 1:
+        full = len(ids) // size
+        runs = [ids[i * size : (i + 1) * size] for i in range(full)]
+        some = [grid[run][:: -(-size // rows)] for run in runs]
+        means = [mean(each) for each in some]
+        ways = [means[min(i + 1, full - 1)] - means[max(i - 1, 0)] for i in range(full)]
+        if len(ids) % size:  # the run that is left looks at nobody
+            runs.append(ids[full * size :])
+            some.append(grid[runs[-1]][:: -(-len(runs[-1]) // rows)])
+            means.append(mean(some[-1]))
+            ways.append(np.zeros_like(means[-1]))
+        for i, run in enumerate(runs):
+            axis = scaled(ways[i] if ways[i].any() else np.ones_like(ways[i]))
+            for _ in range(steps):
+                axis = scaled((some[i] - means[i]).T @ scaled((some[i] - means[i]) @ axis))
+            runs[i] = run[np.argsort(grid[run] @ axis, kind="stable")]
+        ids, size = np.concatenate(runs), size // 2
+    return ids.tolist()
 
 
 def uld_plain(logits_NV: Tensor, teacher_NW: Tensor) -> Tensor:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
+import oracles
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsekd as skd
 from sparsekd import inversion
+from sparsekd.errors import ModelError
 
 GRID = (torch.arange(2**18, dtype=torch.float64) + 0.5) / 2**18
 
@@ -61,6 +65,40 @@ def test_points_at_the_ends_stay_in_the_support():
     assert ids.tolist() == [[70, 74]] * 2
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.004, 0.5, 0.8, 1.3, 4.0])
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(7, torch.float32), (300, torch.bfloat16), (4099, torch.float32)])
+def test_tilted_draws_are_those_of_the_dense_twin(temperature, vocab_size, dtype):
+    """q ∝ p^t straight from logits: ids as by float64 cumulative sums but where a point lies within 1e-6 of an end;
+    log2 p and the entropy of the same ids to 1e-5, with masked ids out of q at every t."""
+    logits = (2 * torch.randn(200, vocab_size, generator=torch.Generator().manual_seed(5))).to(dtype)
+    logits[:, 1::3] = -torch.inf
+    points = torch.rand(200, 50, generator=torch.Generator().manual_seed(6), dtype=torch.float64).sort(-1).values
+    masses, log2_q = inversion.tilted_masses(logits, temperature)
+    _, log2_all = inversion.tilted_masses(logits, 1.0)
+    quick = inversion.ids_in(logits, masses, points, temperature)
+    slow, log2_p, entropy = oracles.importance_plain(logits, points, temperature)
+    p = logits.double().softmax(-1)
+    ends = p.pow(temperature).where(p > 0, 0).cumsum(-1)
+    near = ((ends / ends[:, -1:]).gather(-1, torch.minimum(quick, slow)) - points).abs() < 1e-6
+    assert (near | (quick == slow)).all()
+    assert (quick != slow).float().mean() < 1e-3
+    assert (quick % 3 != 1).all()
+    ours = (logits.double() - logits.double().amax(-1, keepdim=True)).gather(-1, slow) / math.log(2) - log2_all[:, None]
+    torch.testing.assert_close(ours, log2_p, atol=1e-5, rtol=0)
+    ours = (log2_q - temperature * log2_all) / (1 - temperature)
+    torch.testing.assert_close(ours, entropy, atol=2e-6 / abs(1 - temperature), rtol=0)
+
+
+def test_tilted_logits_that_are_nan_are_refused():
+    """At t = 0 too, where masked ids are 0 times minus infinity."""
+    for bad in (torch.nan, torch.inf):
+        logits = torch.zeros(3, 40)
+        logits[1, 5] = bad
+        for temperature in (0.0, 0.7):
+            with pytest.raises(ModelError, match="NaN or inf at 1 of 3 positions"):
+                skd.sample(logits, "systematic", temperature=temperature)
+
+
 @pytest.mark.parametrize("vocab_size", [96, 100])
 def test_strides_and_neighbours_change_nothing(vocab_size):
     """A transposed or expanded tensor, and any part of the batch, gives each row the same ids."""
@@ -101,6 +139,12 @@ def test_a_row_is_passed_over_three_times(sampler):
     with Sizes(least=4 * 131072, given=logits) as sizes:
         skd.sample(logits, sampler, rounds=50)
     assert sizes.touched == ["softmax.int_out", "sum.dim_IntList", "index_select.default"]
+    # Of q ∝ p^t: the same for q and for p, whose sums weigh the draws; peaks are read from what was just written.
+    with Sizes(least=4 * 131072, given=logits) as sizes:
+        skd.sample(logits, sampler, rounds=50, temperature=0.8)
+    once = ["softmax.int_out", "sum.dim_IntList", "amax.default"]
+    draws = ["index_select.default", "gather.default", "amax.default"]
+    assert sizes.touched == ["copy_.default", "mul_.Tensor", *once, *once, *draws]
 
 
 def test_memory_beside_the_logits_is_a_tenth_of_the_probabilities():

@@ -82,6 +82,66 @@ def test_unbiased(variant, vocab_size, dtype, peaked):
     assert ((estimates.mean(0) - truth).abs() <= 5 * error)[judged].all()
 
 
+def shuffled(vocab_size: int, seed: int = 0) -> torch.Tensor:
+    return torch.randperm(vocab_size, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.8, 1.3])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_any_order_of_ids_is_unbiased(seed, temperature):
+    """Systematic draws over the vocabulary in another order: the mean of 20,000 is p, id by id, within 5 errors."""
+    logits, order = torch.randn(30, generator=torch.Generator().manual_seed(seed)), shuffled(30, seed)
+    settings = {"rounds": 5, "temperature": temperature, "order": order}
+    dense = skd.sample(logits.expand(20000, -1), "systematic", **settings).densify(30).double()
+    assert ((dense.mean(0) - logits.double().softmax(-1)).abs() <= 5 * dense.std(0) / math.sqrt(20000)).all()
+    assert (dense.std(0) > 0.01).all()  # so the errors that are allowed are small ones
+
+
+def test_an_order_by_its_twin():
+    """Counts are those of a walk over the ids in that order; ids come back ascending, padding behind them."""
+    logits, order = 2 * torch.randn(40, 90, generator=torch.Generator().manual_seed(0)), shuffled(90)
+    keys = rng.Keys(seed=3, rows=torch.zeros(40, dtype=torch.int64), positions=torch.arange(40))
+    drawn = skd.sample(logits, "systematic", rounds=30, seed=3, order=order)
+    counts = (drawn.densify(90) * 30).round().long()
+    for row, u, p in zip(counts, keys.uniforms(1)[:, 0].tolist(), logits.double().softmax(-1), strict=True):
+        assert row[order].tolist() == oracles.systematic_plain(p[order].tolist(), u, 30)
+    for ids, weights in zip(drawn.ids, drawn.weights, strict=True):
+        kept = int((weights > 0).sum())
+        assert (weights[:kept] > 0).all()
+        assert (ids[:kept].diff() > 0).all()
+        assert (ids[kept:] == 0).all()
+    assert not torch.equal(
+        counts, (skd.sample(logits, "systematic", rounds=30, seed=3).densify(90) * 30).round().long()
+    )
+    same = skd.sample(logits, "systematic", rounds=30, seed=3, order=torch.arange(90))
+    assert torch.equal(same.densify(90), skd.sample(logits, "systematic", rounds=30, seed=3).densify(90))
+
+
+def test_importance_draws_keep_an_orders_ids_together():
+    """ids, counts and log2 p of q ∝ p^t in an order: weighed, they are the targets of `sample` in that order."""
+    logits, order = 2 * torch.randn(40, 90, generator=torch.Generator().manual_seed(0)), shuffled(90)
+    settings = {"rounds": 20, "temperature": 0.7, "order": order}
+    draws = samplers.sample_importance(logits, "systematic", **settings)
+    kept = draws.counts > 0
+    truth = logits.double().log_softmax(-1).gather(-1, draws.ids) / math.log(2)
+    torch.testing.assert_close(draws.log2_p[kept], truth[kept], atol=1e-5, rtol=0)
+    drawn = skd.sample(logits, "systematic", **settings)
+    torch.testing.assert_close(draws.targets(normalize=False).densify(90), drawn.densify(90))
+
+
+@pytest.mark.parametrize(
+    ("sampler", "order", "words"),
+    [
+        ("random_sampling", torch.arange(10), "order is for systematic, .*; random_sampling has no use for it"),
+        ("systematic", torch.arange(9), r"order has shape \(9,\); it must hold each of the ids 0 to 9 once"),
+        ("systematic", torch.zeros(10, dtype=torch.int64), "must hold each of the ids 0 to 9 once"),
+    ],
+)
+def test_an_order_that_is_none_is_refused(sampler, order, words):
+    with pytest.raises(RecipeError, match=words):
+        skd.sample(torch.zeros(1, 10), sampler, order=order)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.8, 1.3])
 @pytest.mark.parametrize("sampler", samplers.POINTS)
 def test_other_proposals_are_unbiased(sampler, temperature):
