@@ -22,6 +22,9 @@ from .codec_counts import decode_counts, decode_importance, encode_counts, encod
 from .codec_curve import are_edges, decode_curve, encode_curve
 from .codec_ints import zstd_version
 from .codec_split import decode_split, decode_split_row, encode_split, encode_split_row
+from .codec_split_ratio import decode_ratios, decode_ratios_row, encode_ratios, encode_ratios_row
+from .codec_split_ratio import nearest as nearest_ratio
+from .codec_split_ratio import unbiased as unbiased_ratio
 from .codec_split_weights import (
     Rounding,
     decode_weights,
@@ -111,6 +114,19 @@ def _split_weights(rounding: Rounding) -> Codec:
     )
 
 
+def _split_ratio(rounding: Any) -> Codec:
+    return Codec(
+        encode=partial(encode_ratios, rounding=rounding),
+        decode=decode_ratios,
+        holds=IMPORTANCE,
+        id_bits=20,
+        max_rounds=2**20,
+        encode_row=partial(encode_ratios_row, rounding=rounding),
+        decode_row=decode_ratios_row,
+        ranked=True,
+    )
+
+
 _importance_codec = partial(_counted, encode_importance, decode_importance, holds=IMPORTANCE)
 
 CODECS: dict[str, Codec] = {
@@ -127,6 +143,8 @@ CODECS: dict[str, Codec] = {
         decode_row=decode_split_row,
         ranked=True,
     ),
+    "split_ratio": _split_ratio(nearest_ratio),
+    "split_ratio_unbiased": _split_ratio(unbiased_ratio),
     "ratio32": _importance_codec(width=4, id_bits=18, max_rounds=64),
     "ratio48": _importance_codec(width=6, id_bits=20, max_rounds=2**20),
     "prob24": Codec(encode=encode_prob24, decode=decode_prob24, holds=WEIGHTS, id_bits=17),
@@ -147,12 +165,12 @@ def default_codec(
     normalize: bool = True,
     edges: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """The smallest codec that keeps counts exactly: `split`, or with log-probabilities where `temperature` is not 1;
-    for weights prob40, to 0.034 %; for sorted curves (`edges` set) curve8."""
+    """The smallest codec that keeps counts exactly: `split`, or `split_ratio` where `temperature` is not 1, rounded
+    without bias where weights are without (`normalize` false); for weights prob40, to 0.034 %; for sorted curves
+    (`edges` set) curve8."""
     name = "prob40" if edges is None else "curve8"
     if rounds is not None:
-        small = rounds <= 64 and logit_width <= 2**18
-        name = "split" if temperature == 1 else "ratio32" if small else "ratio48"
+        name = "split" if temperature == 1 else "split_ratio" if normalize else "split_ratio_unbiased"
     weighing = {"temperature": temperature, "normalize": normalize, "edges": edges}
     return codec_spec(name, logit_width=logit_width, rounds=rounds, **weighing)  # type: ignore[arg-type]
 
@@ -251,7 +269,7 @@ def _check_kind(flat: FlatTargets, codec: Codec, spec: Spec) -> None:
     held = WEIGHTS if flat.rounds is None else COUNTS if flat.importance is None else IMPORTANCE
     held = held if flat.curve is None else CURVES
     way_out = (
-        "counts need split, raw24, raw40 or paper24, importance draws ratio32 or ratio48, weights split_prob, prob24 "
+        "counts need split, raw24, raw40 or paper24, importance draws split_ratio, weights split_prob, prob24 "
         "or prob40, sorted curves curve8 (the rounds are the cache's)"
     )
     if flat.rounds != spec.get("rounds"):

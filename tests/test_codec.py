@@ -15,6 +15,7 @@ from sparsekd.codec import (
     FlatTargets,
     Importance,
     check_codec,
+    codec_spec,
     decode,
     decode_row,
     default_codec,
@@ -88,6 +89,12 @@ GOLDEN_DRAWS = {
     "ratio32": "0018 0000 0004 0000 e7030000 03000c20 07001000",
     "ratio48": "0018 0000 0004 0000 e70300000000 030030000020 070040000000",
 }
+# entropies 3 * 128 = 384 (class 0x81, low byte 0) and 0; log2 p of ids 3 and 7, drawn more than once, 2 * 16 and 0; of
+# id 999 1 * 16; then the counts' bytes
+GOLDEN_DRAWS |= dict.fromkeys(
+    ("split_ratio", "split_ratio_unbiased"),
+    "14000000 28b52ffd 2005 100000 8100 100000 2000 090000 10 00" + GOLDEN_COUNTS["split"],
+)
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -111,16 +118,17 @@ def test_draws_have_the_bytes_that_the_format_page_shows(name):
     """Powers of two are exact: entropies, largest probabilities, then counts with ratios; both weightings by hand."""
     spec = spec_of(name, 1000, 5, temperature=0.5, normalize=False)
     found = decode(bytes.fromhex(GOLDEN_DRAWS[name]), 2, spec)
-    assert found.ids.tolist() == [999, 3, 7]
-    assert found.values.tolist() == [1, 4, 5]
+    by_p = [0, 1, 2] if name.startswith("ratio") else [1, 0, 2]
+    assert found.ids[by_p].tolist() == [999, 3, 7]
+    assert found.values[by_p].tolist() == [1, 4, 5]
     assert found.sizes.tolist() == [2, 1]
-    assert found.importance.log2_p.tolist() == [-1, -2, 0]
+    assert found.importance.log2_p[by_p].tolist() == [-1, -2, 0]
     assert found.importance.entropy.tolist() == [3, 0]
     assert encode(found, spec) == bytes.fromhex(GOLDEN_DRAWS[name])
     plain = [1 / 5 * (8 / 2) ** 0.5, 4 / 5 * (8 / 4) ** 0.5, 1]
-    np.testing.assert_allclose(found.weights, plain, rtol=1e-6)
+    np.testing.assert_allclose(found.weights[by_p], plain, rtol=1e-6)
     normalised = decode(bytes.fromhex(GOLDEN_DRAWS[name]), 2, spec | {"normalize": True}).weights
-    np.testing.assert_allclose(normalised, [*np.divide(plain[:2], sum(plain[:2])), 1], rtol=1e-6)
+    np.testing.assert_allclose(normalised[by_p], [*np.divide(plain[:2], sum(plain[:2])), 1], rtol=1e-6)
 
 
 def test_a_row_begins_with_its_input_ids():
@@ -327,13 +335,19 @@ def as_dict(flat):
     return dict(zip(zip(flat.positions.tolist(), flat.ids.tolist(), strict=True), range(len(flat.ids)), strict=True))
 
 
+def in_words(rounds, temperature, normalize=True):
+    """The spec of the codec that takes a word an entry."""
+    weighing = {"temperature": temperature, "normalize": normalize}
+    return codec_spec("ratio32" if rounds <= 64 else "ratio48", logit_width=4000, rounds=rounds, **weighing)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.5, 0.8, 1.2, 2.0])
 @pytest.mark.parametrize("rounds", [50, 1000])
 def test_decoded_importance_weights_are_the_samplers_to_the_stated_precision(temperature, rounds):
     """Counts exactly; both weightings, read from the same bytes, within |1 - t| times the error of p (format page)."""
     flat, plain, normalised = drawn(temperature, rounds, positions=100)
-    data = encode(flat, default_codec(rounds, 4000, temperature))
-    spec = default_codec(rounds, 4000, temperature, normalize=False)
+    data = encode(flat, in_words(rounds, temperature))
+    spec = in_words(rounds, temperature, normalize=False)
     found = decode(data, len(flat.sizes), spec)
     where = as_dict(found)
     at = np.array([where[key] for key in as_dict(flat)])
@@ -367,7 +381,7 @@ def test_the_two_weightings_differ_as_the_docstring_says():
 def test_draws_read_back_are_the_same_bytes_again(rounds):
     """encode(decode(b)) is b, so that carrying targets from cache to cache loses nothing; smaller than raw40 + size."""
     flat, *_ = drawn(0.5, rounds)
-    spec = default_codec(rounds, 4000, 0.5)
+    spec = in_words(rounds, 0.5)
     data = encode(flat, spec)
     assert encode(decode(data, len(flat.sizes), spec), spec) == data
     assert len(data) == 4 * len(flat.sizes) + (4 if rounds == 50 else 6) * len(flat.ids)
@@ -493,13 +507,11 @@ def test_the_default_codec_is_the_smallest_that_fits(rounds, width, name):
     assert default_codec(rounds, width)["name"] == name
 
 
-@pytest.mark.parametrize(
-    ("rounds", "width", "name"), [(64, 2**18, "ratio32"), (65, 10, "ratio48"), (50, 2**18 + 1, "ratio48")]
-)
-def test_importance_draws_are_stored_unweighed_by_default(rounds, width, name):
-    """ratio32 where raw24 would fit, else ratio48; the spec says how to weigh."""
-    spec = default_codec(rounds, width, temperature=0.8, normalize=False)
-    assert spec == spec_of(name, width, rounds, temperature=0.8, normalize=False)
+@pytest.mark.parametrize(("normalize", "name"), [(True, "split_ratio"), (False, "split_ratio_unbiased")])
+def test_importance_draws_are_stored_unweighed_by_default(normalize, name):
+    """split_ratio, rounded without bias where the weighting has none; the spec says how to weigh."""
+    spec = default_codec(65, 2**20, temperature=0.8, normalize=normalize)
+    assert spec == spec_of(name, 2**20, 65, temperature=0.8, normalize=normalize)
 
 
 @pytest.mark.parametrize(

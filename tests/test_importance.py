@@ -102,17 +102,21 @@ def test_a_cache_with_one_weighting_refuses_the_choice(world, tmp_path):
 
 def test_a_codec_that_cannot_hold_the_draws_is_refused(world, tmp_path):
     """Counts alone lose what weighs them; the codecs that would do are named, the best first."""
-    with pytest.raises(RecipeError, match="gives importance draws; take ratio32 or ratio48 or prob24 or prob40"):
+    with pytest.raises(
+        RecipeError, match="gives importance draws; take split_ratio or split_ratio_unbiased or ratio32"
+    ):
         run(world, tmp_path / "c", SAMPLER, codec="raw24")
     with pytest.raises(RecipeError, match=r"codec=ratio32 holds importance draws, .* gives counts; take raw24"):
         run(world, tmp_path / "c", SAMPLER | {"temperature": 1.0}, codec="ratio32")
 
 
-def test_the_cache_is_sound_and_made_again_bit_for_bit(world, cache):
+@pytest.mark.parametrize("codec", ["split_ratio", "split_ratio_unbiased", "ratio32"])
+def test_the_cache_is_sound_and_made_again_bit_for_bit(world, tmp_path, cache, codec):
     """verify finds nothing, and random rows drawn again from the teacher equal the stored ones."""
-    assert verify(cache).problems == []
-    with skd.CacheReader(cache) as reader:
-        assert reader.spec.codec["name"] == "ratio32"
+    path = cache if codec == "split_ratio" else run(world, tmp_path / "c", SAMPLER, limit_rows=32, codec=codec)
+    assert verify(path).problems == []
+    with skd.CacheReader(path) as reader:
+        assert reader.spec.codec["name"] == codec
         assert recompute(reader, world.teacher, rows=5, device="cpu")["identical"] == 5
 
 
@@ -130,8 +134,8 @@ def test_a_uniform_proposal_runs_end_to_end(world, tmp_path, normalize):
 
 @pytest.mark.parametrize("rounds", [200, 1000])
 def test_more_than_128_rounds_keep_their_counts(world, tmp_path, rounds):
-    """N beyond the paper's 7 bits: counts sum to N exactly, plain (split) and with ratios (ratio48)."""
-    for temperature, codec in ((1.0, "split"), (0.9, "ratio48")):
+    """N beyond the paper's 7 bits: counts sum to N exactly, plain (split) and with ratios (split_ratio)."""
+    for temperature, codec in ((1.0, "split"), (0.9, "split_ratio")):
         sampler = {"name": "random_sampling", "rounds": rounds, "temperature": temperature}
         reader = skd.CacheReader(run(world, tmp_path / codec, sampler, limit_rows=8))
         assert reader.spec.codec["name"] == codec
