@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,12 +18,14 @@ from torch import Tensor
 from sparsekd import models
 from sparsekd.cache import CacheSpec, RowRecord
 from sparsekd.codec import CODECS, CURVES, IMPORTANCE, FlatTargets, Importance, decode
-from sparsekd.errors import ModelError
+from sparsekd.errors import MismatchError, ModelError
 from sparsekd.packed import PackedBatch, RowsReader
+from sparsekd.position_budget import entropies, inclusion, law_of
 from sparsekd.rng import Keys
-from sparsekd.samplers import SAMPLERS, ImportanceDraws, sample, sample_importance
+from sparsekd.samplers import ORDERED, SAMPLERS, ImportanceDraws, in_vocabulary, sample, sample_importance
 from sparsekd.sketch import TeacherSketch, teacher_sketch
 from sparsekd.targets import SparseTargets
+from sparsekd.vocabulary_order import order_hash, vocabulary_order
 
 # The head's fp32 logits exist for this many bytes at a time; part of the manifest through head_chunk.
 HEAD_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
@@ -38,22 +40,56 @@ Part = SparseTargets | ImportanceDraws | TeacherSketch
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Drawn:
-    """What one batch of rows gave: targets of its supervised positions, in order, still on the teacher's device."""
+    """What one batch of rows gave: targets of its supervised positions, in order, still on the teacher's device.
+
+    Under a position law also each position's level, and whether it is kept.
+    """
 
     parts: list[Part]
+    levels: list[Tensor] = field(default_factory=list)
+    kept: list[Tensor] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Teacher:
-    """A model with its head apart, and how rows pass it."""
+    """A model with its head apart, and how rows pass it.
+
+    With `order_V`, the head's logits come in this order of the ids (`Head.in_order`), and draws are made over them so.
+    """
 
     model: Any
     head: models.Head
     spec: CacheSpec
+    order_V: Tensor | None = None
 
     @torch.no_grad()
     def draw(self, input_ids_BL: np.ndarray, supervised_BL: np.ndarray, first_row: int) -> Drawn:
         """Targets for every position whose next token is supervised; [B, L, V] logits never exist."""
+        rows, positions, hidden_NH, tokens_N = self._read(input_ids_BL, supervised_BL)
+        law = law_of(self.spec.capture)
+        chunk, sampler = self.spec.capture["head_chunk"], dict(self.spec.sampler)
+        name, seed = sampler["name"], sampler["seed"]
+        parameters = {key: sampler[key] for key in sampler_parameters(name)}
+        draw = _draw_for(self.spec.codec, self.order_V)
+        drawn = Drawn(parts=[])
+        for start in range(0, len(rows), chunk):
+            part = slice(start, start + chunk)
+            logits_CV = self.head.logits(hidden_NH[part])
+            keys = {"seed": seed, "rows": rows[part] + first_row, "positions": positions[part]}
+            drawn.parts.append(draw(logits_CV, tokens_N[part], name, **keys, **parameters))
+            if law is not None:
+                drawn.levels.append(law.levels(entropies(logits_CV)))
+                drawn.kept.append(law.kept(drawn.levels[-1], Keys(**keys)))
+        return drawn
+
+    @torch.no_grad()
+    def entropies(self, input_ids_BL: np.ndarray, supervised_BL: np.ndarray) -> Tensor:
+        """[N] nats at every position whose next token is supervised."""
+        hidden_NH, chunk = self._read(input_ids_BL, supervised_BL)[2], self.spec.capture["head_chunk"]
+        return torch.cat([entropies(self.head.logits(hidden_CH)) for hidden_CH in hidden_NH.split(chunk)])
+
+    def _read(self, input_ids_BL: np.ndarray, supervised_BL: np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of the supervised positions: row, position, what the head reads, and the token that came next."""
         device = next(self.model.parameters()).device
         ids = torch.from_numpy(input_ids_BL.astype(np.int64)).to(device)
         wanted = torch.from_numpy(supervised_BL[:, 1:].astype(bool)).to(device)
@@ -62,32 +98,23 @@ class Teacher:
         else:
             hidden = models.body_of(self.model)(input_ids=ids, use_cache=False).last_hidden_state
         rows, positions = wanted.nonzero(as_tuple=True)
-        hidden_NH, tokens_N = hidden[rows, positions], ids[rows, positions + 1]
-        chunk, sampler = self.spec.capture["head_chunk"], dict(self.spec.sampler)
-        name, seed = sampler["name"], sampler["seed"]
-        parameters = {key: sampler[key] for key in sampler_parameters(name)}
-        draw = _draw_for(self.spec.codec)
-        drawn = Drawn(parts=[])
-        for start in range(0, len(rows), chunk):
-            part = slice(start, start + chunk)
-            logits_CV = self.head.logits(hidden_NH[part])
-            keys = {"seed": seed, "rows": rows[part] + first_row, "positions": positions[part]}
-            drawn.parts.append(draw(logits_CV, tokens_N[part], name, **keys, **parameters))
-        return drawn
+        return rows, positions, hidden[rows, positions], ids[rows, positions + 1]
 
 
-def _draw_for(codec: dict[str, Any]) -> Callable[..., Part]:
+def _draw_for(codec: dict[str, Any], order_V: Tensor | None) -> Callable[..., Part]:
     """What the codec holds: targets, draws that are not weighed yet, or sketches. Wide integers stay behind: K ids of
     every position of a batch wait on the device for the codec."""
 
     def targets(logits_CV: Tensor, tokens_C: Tensor, name: str, **settings: Any) -> SparseTargets:
         found = sample(logits_CV, name, **settings)
+        found = found if order_V is None else in_vocabulary(found, order_V)
         return SparseTargets(ids=found.ids.to(torch.int32), weights=found.weights)
 
     def unweighed(
         logits_CV: Tensor, tokens_C: Tensor, name: str, *, normalize: bool, **settings: Any
     ) -> ImportanceDraws:
         found = sample_importance(logits_CV, name, **settings)
+        found = found if order_V is None else in_vocabulary(found, order_V)
         ids, counts = found.ids.to(torch.int32), found.counts.to(torch.int32)
         return replace(found, ids=ids, counts=counts, log2_p=found.log2_p.float())
 
@@ -104,6 +131,35 @@ def read_head(model: Any) -> models.Head:
         if models.rebuilt_error(model) <= 0.05:
             return models.head_of(model)
     return models.Head(weight_VH=None)
+
+
+def head_order(head: models.Head) -> Tensor | None:
+    """The ids by the likeness of the head's rows, where the head is; None for a head that is not known."""
+    return None if head.weight_VH is None else vocabulary_order(head.weight_VH)
+
+
+def order_settings(sampler: str, order_V: Tensor | None) -> dict[str, str]:
+    """What a cache's sampler says of the order that draws were made in."""
+    if sampler not in ORDERED:
+        return {}
+    return {"order": "ids"} if order_V is None else {"order": "head", "order_sha256": order_hash(order_V)}
+
+
+def open_teacher(model: Any, spec: CacheSpec, order_V: Tensor | None = None) -> Teacher:
+    """A model as the cache's spec wants it; `order_V` is found again where the spec names an order and none is given.
+
+    Raises:
+        MismatchError: another order than the spec's.
+    """
+    head, wanted = read_head(model), spec.sampler.get("order_sha256")
+    order_V = head_order(head) if wanted and order_V is None else order_V
+    found = None if order_V is None else order_hash(order_V)
+    if found != wanted:
+        raise MismatchError(
+            f"the order of the teacher's head differs: the cache was drawn in sampler.order_sha256={str(wanted)[:12]}, "
+            f"here it is {str(found)[:12]}; go on with the same sparsekd, and the same dtype of the teacher"
+        )
+    return Teacher(model=model, head=head if order_V is None else head.in_order(order_V), spec=spec, order_V=order_V)
 
 
 def sampler_parameters(sampler: str) -> dict[str, Any]:
@@ -140,10 +196,11 @@ def read_rows(reader: RowsReader, batch: range, spec: CacheSpec) -> PackedBatch:
     """The rows of a batch; where the capture keeps a share of the positions, the others are not supervised.
 
     A position is kept if a coin that hangs on (seed, row, position) falls below the share, so the mean loss of the kept
-    ones is that of all on average, and its noise is that of fewer tokens.
+    ones is that of all on average, and its noise is that of fewer tokens. Where a law goes by the teacher's entropy,
+    all pass the teacher, and `to_records` leaves out what was not kept.
     """
     rows, share = reader.batch(batch), spec.capture.get("positions", 1.0)
-    if share == 1:
+    if share == 1 or law_of(spec.capture):
         return rows
     at = torch.from_numpy(np.ascontiguousarray(rows.supervised[:, 1:])).nonzero(as_tuple=True)
     coins = Keys(seed=spec.sampler["seed"], rows=at[0] + batch.start, positions=at[1]).coins()
@@ -160,16 +217,32 @@ def draw_records(source: Teacher, reader: RowsReader, batch: range) -> list[RowR
 
 def to_records(rows: Any, drawn: Drawn, codec: dict[str, Any]) -> list[RowRecord]:
     flats = flat_rows(drawn, rows.supervised, codec)
-    return [
+    records = [
         RowRecord(input_ids=ids, targets=flat, starts=starts, supervised=supervised)
         for ids, flat, starts, supervised in zip(rows.input_ids, flats, rows.starts, rows.supervised, strict=True)
     ]
+    if not drawn.kept:
+        return records
+    ends = np.cumsum([len(flat.sizes) for flat in flats])[:-1]
+    kept = np.split(torch.cat(drawn.kept).cpu().numpy(), ends)
+    return [_without_dropped(record, kept_P) for record, kept_P in zip(records, kept, strict=True)]
+
+
+def _without_dropped(record: RowRecord, kept_P: np.ndarray) -> RowRecord:
+    """The record with those of its supervised positions alone that are kept."""
+    supervised = record.supervised.astype(bool)
+    supervised[1:][supervised[1:]] = kept_P
+    return replace(record, supervised=supervised, targets=record.targets.take(np.flatnonzero(kept_P)))
 
 
 def flat_rows(drawn: Drawn, supervised_BL: np.ndarray, codec: dict[str, Any]) -> list[FlatTargets]:
     """One FlatTargets per row from the targets of a batch's supervised positions."""
-    nothing = decode(b"", 0, codec)  # a batch may have no supervised position at all
+    nothing = replace(decode(b"", 0, codec), scale=None)  # a batch may have no supervised position at all
     whole = FlatTargets.join([nothing, *(_flat(part, codec) for part in drawn.parts)])
+    if "share" in codec:
+        levels = [level.cpu() for level in drawn.levels]
+        scale = codec["share"] / inclusion(torch.cat(levels)).numpy() if levels else np.zeros(0)
+        whole = replace(whole, scale=scale)
     ends = supervised_BL[:, 1:].sum(-1).cumsum()
     return [whole.take(np.arange(first, last)) for first, last in zip([0, *ends[:-1]], ends, strict=True)]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,14 @@ class Head:
         if self.scale != 1:
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def in_order(self, order_V: Tensor) -> Head:
+        """A head whose logits come in another order of the ids: `in_order(o).logits(h)` is `logits(h)[:, o]`. Its
+        weight is a copy, once for all positions, where ordering their logits would be a pass over V for each."""
+        if self.weight_VH is None:
+            raise ModelError("a model without a head apart has no rows to put in order")
+        bias = None if self.bias is None else self.bias[order_V]
+        return replace(self, weight_VH=self.weight_VH[order_V], bias=bias)
 
 
 def default_device() -> str:

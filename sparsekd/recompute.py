@@ -11,7 +11,7 @@ from sparsekd import models
 from sparsekd.cache import CacheReader, CacheSpec
 from sparsekd.checks import check_at_least
 from sparsekd.codec import FlatTargets, decode, encode
-from sparsekd.drawing import Teacher, cpu_threads, flat_rows, read_head, shard_batches
+from sparsekd.drawing import Teacher, cpu_threads, flat_rows, open_teacher, shard_batches
 from sparsekd.errors import MismatchError
 from sparsekd.flat import add_counts
 
@@ -40,7 +40,7 @@ def recompute(cache: CacheReader, teacher: str, rows: int, seed: int = 0, device
             f"teacher differs: the cache was captured from {spec.teacher['id']} with weights "
             f"{spec.teacher['weights'][:12]}, {teacher} has {found[:12]}; give the same teacher"
         )
-    source = Teacher(model=model, head=read_head(model), spec=spec)
+    source = open_teacher(model, spec)
     chosen = np.random.default_rng(seed).choice(spec.rows, size=min(rows, spec.rows), replace=False)
     result = {"rows": 0, "positions": 0, "identical": 0, "differing": 0, "drift": 0.0}
     with cpu_threads(spec.capture.get("threads", 1)):

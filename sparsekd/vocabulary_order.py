@@ -31,18 +31,19 @@ COLUMNS, ROWS, STEPS = 256, 256, 3
 _CHUNK = 2**11
 
 
+@torch.no_grad()
 def vocabulary_order(head_VH: Tensor) -> Tensor:
-    """[V] int64, on the CPU: the ids, those with like rows of `head_VH` together; `order[i]` is the i-th id.
+    """[V] int64, where the head is: the ids, those with like rows of `head_VH` together; `order[i]` is the i-th id.
 
     Each run of 2^k ids is sorted along the principal direction of its own rows, then each of 2^(k-1), down to pairs.
     """
     grid_VD = _on_grid(head_VH)
-    order_V = torch.arange(len(grid_VD))
+    order_V = torch.arange(len(grid_VD), device=grid_VD.device)
     size = 1 << (len(order_V) - 1).bit_length()
     while size > 1:
         for part, n in _runs(len(order_V), size):
             rank = _ranks(grid_VD[part].unflatten(0, (-1, n)))
-            moved = (rank + torch.arange(len(rank))[:, None] * n).flatten()
+            moved = (rank + torch.arange(len(rank), device=rank.device)[:, None] * n).flatten()
             grid_VD[part], order_V[part] = grid_VD[part][moved], order_V[part][moved]
         size //= 2
     return order_V
@@ -60,10 +61,10 @@ def _on_grid(head_VH: Tensor) -> Tensor:
         raise ModelError("the teacher's head holds NaN or inf, there is no order of its rows; take sampler.order=ids")
     group = -(-width // COLUMNS)
     # A column's sign from a multiplicative hash: signed sums of hidden dimensions keep distances, on average.
-    signs = 1 - 2 * ((torch.arange(width) * 2654435769 >> 31) & 1).float()
+    signs = 1 - 2 * ((torch.arange(width, device=head_VH.device) * 2654435769 >> 31) & 1).float()
     parts = []
     for start in range(0, len(head_VH), _CHUNK):
-        rows = head_VH[start : start + _CHUNK].detach().to("cpu", torch.float32)
+        rows = head_VH[start : start + _CHUNK].float()
         rows = (rows * (_GRID / max(largest, 1e-30))).round_().mul_(signs)
         parts.append(torch.nn.functional.pad(rows, (0, -width % group)).unflatten(-1, (-1, group)).sum(-1))
     return torch.cat(parts)

@@ -33,7 +33,7 @@ def fork_worker(rows: str, teacher: str, out: Path, rank: int, world: int) -> in
     status = 1
     try:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
-        sampler = {"name": "random_sampling", "rounds": 20}
+        sampler = {"name": "systematic", "rounds": 20}  # each worker finds the order of the head for itself
         capture(rows=rows, teacher=teacher, out=out, sampler=sampler, shard_rows=8, batch_size=8, device="cpu")
         status = 0
     finally:

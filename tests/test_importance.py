@@ -54,7 +54,7 @@ def test_both_weightings_are_read_from_one_cache(world, cache, normalize):
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_systematic_draws_are_those_of_the_sampler(world, tmp_path, temperature):
     """Counts and importance draws alike: a captured row holds what `sample` draws by that name, not by another."""
-    sampler = {"name": "systematic", "rounds": 20, "temperature": temperature}
+    sampler = {"name": "systematic", "rounds": 20, "temperature": temperature, "order": "ids"}
     with skd.CacheReader(run(world, tmp_path / "c", sampler, limit_rows=16)) as reader:
         row, spec = reader[5], reader.spec
     assert spec.sampler["unbiased"]
