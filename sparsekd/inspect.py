@@ -113,7 +113,7 @@ def _misaligned(made_for: dict[str, Any] | None) -> list[tuple[str, str]]:
 
 def _sampler(sampler: dict[str, Any]) -> str:
     """Name, parameters that matter, seed: what a method's section would say."""
-    hidden = {"name", "rng", "unbiased", "seed"}
+    hidden = {"name", "rng", "unbiased", "seed", "order_sha256"}
     if sampler.get("temperature") == 1:
         hidden.add("normalize")  # at temperature 1 there is nothing to normalise
     parameters = ", ".join(f"{key}={value}" for key, value in sampler.items() if key not in hidden)
