@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import compiled
 from .codec_counts import decode_counts, decode_importance, encode_counts, encode_importance
 from .codec_curve import are_edges, decode_curve, encode_curve
 from .codec_ints import zstd_version
 from .codec_split import decode_split, decode_split_row, encode_split, encode_split_row
+from .codec_split_fast import decode_quickly, encode_quickly
 from .codec_split_ratio import decode_ratios, decode_ratios_row, encode_ratios, encode_ratios_row
 from .codec_split_ratio import nearest as nearest_ratio
 from .codec_split_ratio import unbiased as unbiased_ratio
@@ -62,6 +62,7 @@ Array = NDArray[Any]
 Spec = Mapping[str, Any]
 
 COUNTS, IMPORTANCE, WEIGHTS, CURVES = "counts", "importance draws", "weights", "sorted curves"
+_NO_IDS, _NO_MASK = np.zeros(0, np.uint32), np.zeros(0, bool)
 # What a spec says beside its name and logit_width.
 _KEYS: dict[str, tuple[str, ...]] = {
     COUNTS: ("rounds",),
@@ -76,7 +77,8 @@ class Codec:
     """Two functions, what they hold (a key of `_KEYS`), and the limits: ids below 2^id_bits, counts of max_rounds.
 
     A codec may code a whole row itself, to spell out only those input ids that its targets do not tell (`encode_row`
-    and `decode_row`), and may want frequent ids to be small numbers (`ranked`; see id_ranks.py).
+    and `decode_row`), and may want frequent ids to be small numbers (`ranked`; see id_ranks.py). `quick_encode` and
+    `quick_decode` do all of it compiled, checks and ranks too, or give None: then the others do it, or say why not.
     """
 
     encode: Callable[[FlatTargets, Spec], bytes]
@@ -87,6 +89,8 @@ class Codec:
     encode_row: Callable[[Array, FlatTargets, Array, Spec], bytes] | None = None
     decode_row: Callable[[bytes, int, Array, Spec], tuple[Array, FlatTargets]] | None = None
     ranked: bool = False
+    quick_encode: Callable[[Array, FlatTargets, Array, Spec, Array | None], bytes | None] | None = None
+    quick_decode: Callable[[bytes, int, Array, Spec, Array | None], tuple[Array, FlatTargets] | None] | None = None
 
 
 def _counted(encode: Any, decode: Any, *, holds: str, width: int, id_bits: int, max_rounds: int) -> Codec:
@@ -142,6 +146,8 @@ CODECS: dict[str, Codec] = {
         encode_row=encode_split_row,
         decode_row=decode_split_row,
         ranked=True,
+        quick_encode=encode_quickly,
+        quick_decode=decode_quickly,
     ),
     "split_ratio": _split_ratio(nearest_ratio),
     "split_ratio_unbiased": _split_ratio(unbiased_ratio),
@@ -251,6 +257,9 @@ def codec_engine(spec: Spec) -> dict[str, str]:
 def encode(flat: FlatTargets, spec: Spec) -> bytes:
     """The targets as bytes. MismatchError when they are not what the spec says (rounds, ids too wide)."""
     codec = check_codec(spec)
+    quickly = codec.quick_encode and codec.quick_encode(_NO_IDS, flat, _NO_MASK, spec, None)
+    if quickly is not None:
+        return quickly
     _check_targets(flat, codec, spec)
     return codec.encode(flat, spec)
 
@@ -283,7 +292,11 @@ def _check_kind(flat: FlatTargets, codec: Codec, spec: Spec) -> None:
 
 def decode(data: bytes, positions: int, spec: Spec) -> FlatTargets:
     """The targets of `positions` positions. FormatError for bytes that no encoder writes."""
-    flat = check_codec(spec).decode(data, positions, spec)
+    codec = check_codec(spec)
+    quickly = codec.quick_decode and codec.quick_decode(data, positions, _NO_MASK, spec, None)
+    if quickly is not None:
+        return quickly[1]
+    flat = codec.decode(data, positions, spec)
     _check_ids(flat, spec)
     return flat
 
@@ -309,7 +322,10 @@ def encode_row(input_ids: Array, flat: FlatTargets, supervised: Array, spec: Spe
     p + 1; `flat` has one entry per supervised position, in order. `ranks` [V] gives every id another number in the
     block; the reader needs its inverse.
     """
-    codec = check_codec(spec)
+    codec, supervised = check_codec(spec), supervised.astype(bool, copy=False)
+    quickly = codec.quick_encode and codec.quick_encode(input_ids, flat, supervised, spec, ranks)
+    if quickly is not None:
+        return quickly
     expected, width = int(np.count_nonzero(supervised[1:])), spec["logit_width"]
     if len(flat.sizes) != expected:
         raise MismatchError(
@@ -325,7 +341,7 @@ def encode_row(input_ids: Array, flat: FlatTargets, supervised: Array, spec: Spe
     if ranks is not None:
         input_ids, flat = ranks[input_ids], replace(flat, ids=ranks[flat.ids])
     if codec.encode_row is not None:
-        return codec.encode_row(input_ids, flat, supervised.astype(bool), spec)
+        return codec.encode_row(input_ids, flat, supervised, spec)
     return pack(input_ids, id_bytes(width)) + codec.encode(flat, spec)
 
 
@@ -336,19 +352,17 @@ def decode_row(
 
     `ids` [V] is the id of each number in the block, where they were given others.
     """
-    codec = check_codec(spec)
-    input_ids, flat = (codec.decode_row or _decode_plain_row)(block, seq_len, supervised.astype(bool), spec)
+    codec, supervised = check_codec(spec), supervised.astype(bool, copy=False)
+    positions = int(np.count_nonzero(supervised[1:]))
+    quickly = codec.quick_decode and codec.quick_decode(block, positions, supervised, spec, ids)
+    if quickly is not None:
+        return quickly
+    input_ids, flat = (codec.decode_row or _decode_plain_row)(block, seq_len, supervised, spec)
     width = spec["logit_width"]
     if seq_len and int(input_ids.max()) >= width:
         raise FormatError(f"input id {input_ids.max()}, but logit_width={width}; the file is damaged")
     _check_ids(flat, spec)
-    return (input_ids, flat) if ids is None else (ids[input_ids], replace(flat, ids=_renumbered(flat.ids, ids)))
-
-
-def _renumbered(numbers: Array, ids: Array) -> Array:
-    """ids[numbers]; compiled, in the memory of the numbers, which are the decoder's own."""
-    fast = compiled.kernels()
-    return numbers if fast and fast.renumber(np.asarray(ids, np.uint32), numbers) else ids[numbers]
+    return (input_ids, flat) if ids is None else (ids[input_ids], replace(flat, ids=ids[flat.ids]))
 
 
 def _decode_plain_row(block: bytes, seq_len: int, supervised: Array, spec: Spec) -> tuple[Array, FlatTargets]:

@@ -32,7 +32,7 @@ _WIDE = _BYTE + 256 * (_TWO - _BYTE)  # 28,800: the first value that takes two
 MOST_VALUE = _WIDE + 65536 * (256 - _TWO)  # 1,077,376: above every id and count of 20 bits
 MOST_VALUES = 2**26  # of one list: what a reader allocates for a hostile block stays below 2 GiB
 
-_FIRST = np.concatenate(
+FIRST = np.concatenate(
     [np.arange(_BYTE), _BYTE + 256 * np.arange(_TWO - _BYTE), _WIDE + 65536 * np.arange(256 - _TWO)]
 ).astype(np.uint32)
 _local = threading.local()  # zstd contexts are costly to make and not for two threads at once
@@ -44,9 +44,14 @@ def encode_ints(streams: Sequence[Array]) -> bytes:
     Each stream ends a zstd block, so each has a Huffman table of its own. Values must be below MOST_VALUE.
     """
     parts = [_classes(stream) for stream in streams]
-    frame = _compress([classes for classes, _, _ in parts])
-    raw = b"".join([low for _, low, _ in parts] + [second for _, _, second in parts])
-    return struct.pack("<I", len(frame)) + frame + raw
+    raw = [low for _, low, _ in parts] + [second for _, _, second in parts]
+    return join_ints([classes for classes, _, _ in parts], raw)
+
+
+def join_ints(blocks: Sequence[Any], raw: Sequence[Any]) -> bytes:
+    """The list of what `_classes` makes: the class bytes of each zstd block, and the raw bytes, as buffers."""
+    frame = _compress(blocks)
+    return b"".join([struct.pack("<I", len(frame)), frame, *raw])
 
 
 def _classes(values: Array) -> tuple[bytes, bytes, bytes]:
@@ -66,20 +71,27 @@ def decode_ints(data: bytes, most: int, empty: Callable[[int, Any], Array] = np.
 
     `empty` gives the memory for the values (`compiled.scratch` where they are soon forgotten).
     """
+    classes, end = read_classes(data, most)
+    values, fast = empty(len(classes), np.uint32), compiled.kernels()
+    used = fast.ints(classes, np.frombuffer(data, np.uint8), end, FIRST, values) if fast else -1
+    return (values, used) if used >= 0 else fill_values(values, classes, data, end)
+
+
+def read_classes(data: bytes, most: int) -> tuple[Array, int]:
+    """[T] uint8 classes, out of their zstd frame, and where the raw bytes begin; FormatError as `decode_ints`."""
     if len(data) < 4:
         raise FormatError(f"{len(data)} bytes cannot hold the length of a zstd frame; the file is damaged")
     end = 4 + struct.unpack_from("<I", data)[0]
     if end > len(data):
         raise FormatError(f"a zstd frame ends at byte {end} of {len(data)}; the file is damaged")
     classes = np.frombuffer(_decompress(data[4:end], min(most, MOST_VALUES)), np.uint8)
-    values, fast = empty(len(classes), np.uint32), compiled.kernels(len(classes))
-    used = fast.ints(classes, np.frombuffer(data, np.uint8), end, _FIRST, values) if fast else -1
-    return (values, used) if used >= 0 else _fill(values, classes, data, end)
+    compiled.kernels(len(classes))
+    return classes, end
 
 
-def _fill(values: Array, classes: Array, data: bytes, end: int) -> tuple[Array, int]:
-    """The values, filled, and where their raw bytes, which begin at `end`, end."""
-    _FIRST.take(classes, out=values, mode="clip")
+def fill_values(values: Array, classes: Array, data: bytes, end: int) -> tuple[Array, int]:
+    """The values [T], filled, and where their raw bytes, which begin at `end`, end."""
+    FIRST.take(classes, out=values, mode="clip")
     big = np.flatnonzero(classes >= _BYTE)
     two = big[classes[big] >= _TWO]
     used = end + len(big) + len(two)
@@ -98,7 +110,7 @@ def zstd_version() -> str:
     return ".".join(map(str, zstandard.ZSTD_VERSION))
 
 
-def _compress(streams: Sequence[bytes]) -> bytes:
+def _compress(streams: Sequence[Any]) -> bytes:
     """One frame with its content size; every stream ends a block."""
     import zstandard
 

@@ -22,6 +22,7 @@ from typing import Any
 import numba
 import numpy as np
 from numba import types
+from numba.extending import register_jitable
 
 _BYTES, _NUMBERS, _SIZES, _FLAGS, _WEIGHTS = (
     types.Array(of, 1, "C", readonly=True)
@@ -70,70 +71,272 @@ def ints(classes, data, end, first, values):
     return np.int64(second)
 
 
-@_compiled(_NUMBERS, _LONG, _LONG, _LONG, _OUT8, _OUT32, _LONG)
-def split(values, positions, rounds, width, starts, seen, mark):
-    """`codec_split._decode` below its list of integers: whether it is sound, ids [M], counts [M], sizes [P].
+@register_jitable
+def _value(classes, data, first, at, low, second):
+    """The integer of classes[at], and where the next raw bytes are."""
+    # No branch: about half of all ids take a raw byte, and none can tell which. The others read one that is not theirs.
+    each, last = np.uint64(classes[at]), np.uint64(len(data)) - np.uint64(1)
+    one, two = each >> np.uint64(7), np.uint64(each >= np.uint64(240))
+    rest = np.uint64(data[min(low, last)]) & (np.uint64(0) - one)
+    rest += (np.uint64(data[min(second, last)]) & (np.uint64(0) - two)) << np.uint64(8)
+    return np.uint64(first[each]) + rest, low + one, second + two
+
+
+@_compiled(_BYTES, _BYTES, _LONG, _NUMBERS, _LONG, _LONG, _LONG, _FLAGS, _NUMBERS, _OUT8, _OUT32, _OUT32, _LONG, _OUT32)
+def split(classes, data, end, first, positions, rounds, width, supervised, table, starts, heads, seen, mark, tokens):
+    """`codec_split.decode_split_row` below its zstd frame: whether it is sound, ids [M], counts [M], sizes [P].
 
     Args:
-        values: [T].
+        classes: [T].
+        end: where the raw bytes begin in `data`.
+        first: [256] the least value of each class.
+        supervised: [L] bool, `positions` of them from the second on; nothing for targets alone.
+        table: [V] the id of each number in the list; nothing where that is the number.
         starts: scratch, at least T + 1.
+        heads: scratch, at least T.
         seen: scratch, at least `width`, nothing above mark; what is in it afterwards is at most mark + positions.
-        mark: mark + positions is below 2^32.
+        mark: above 0, and mark + positions is below 2^32.
+        tokens: [L], is filled.
     """
     none, no_sizes = np.empty(0, np.uint32), np.empty(0, np.int64)
-    if not 0 < positions <= len(values) or len(starts) <= len(values) or len(seen) < width:
+    lows, seconds = 0, 0
+    for each in classes:
+        lows += each >= 128
+        seconds += each >= 240
+    if end < 1 or end + lows + seconds != len(data) or len(first) < 256 or positions < 0 or len(seen) < width:
         return False, none, none, no_sizes
-    total, filled = 0, 0
-    for p in range(positions):
-        total += np.int64(values[p])
-        filled += values[p] > 0
-    entries = len(values) - positions - total
-    if entries < 0:
+    slots, ranked = positions if len(supervised) else 0, len(table) > 0
+    if len(classes) < positions + slots or len(starts) <= len(classes) or len(heads) < len(classes):
         return False, none, none, no_sizes
-    counts, sizes = np.ones(entries, np.uint32), np.empty(positions, np.int64)
-    starts[: entries + 1] = 0
-    top, rest, at = positions, positions + filled, 0
+    if len(tokens) != len(supervised) or (ranked and len(table) < width):
+        return False, none, none, no_sizes
+    low, second, total, filled = np.uint64(end), np.uint64(end + lows), 0, 0
     for p in range(positions):
-        many, left, count = np.int64(values[p]), np.int64(rounds), np.int64(2)
-        if at + many > entries:
+        heads[p], low, second = _value(classes, data, first, p, low, second)
+        total += np.int64(heads[p])
+        filled += heads[p] > 0
+    head = positions + total + slots
+    if head > len(classes):
+        return False, none, none, no_sizes
+    for i in range(positions, head):
+        heads[i], low, second = _value(classes, data, first, i, low, second)
+    counts, sizes = np.ones(len(classes) - head, np.uint32), np.empty(positions, np.int64)
+    starts[: len(counts) + 1] = 0
+    top, rest, entries = positions, positions + filled, 0
+    for p in range(positions):
+        many, left, count = np.int64(heads[p]), np.int64(rounds), np.int64(2)
+        if entries + many > len(counts):
             return False, none, none, no_sizes
         if many:
             for j in range(many - 1, 0, -1):  # the smallest count is 2 + its step
-                step = np.int64(values[rest + j - 1])
-                starts[at + j + 1] = step > 0
+                step = np.int64(heads[rest + j - 1])
+                starts[entries + j + 1] = step > 0
                 count += step
                 left -= count
                 if left < 0:
                     return False, none, none, no_sizes
-                counts[at + j] = count
-            step = np.int64(values[top])
-            starts[at + 1] = step > 0
+                counts[entries + j] = count
+            step = np.int64(heads[top])
+            starts[entries + 1] = step > 0
             count += step
             left -= count
-            counts[at] = count
-            starts[at + many] = 1
+            counts[entries] = count
+            starts[entries + many] = 1
             top += 1
             rest += many - 1
         if left < 0:
             return False, none, none, no_sizes
-        starts[at] = 3  # of a run, and of a position
+        starts[entries] = 3  # of a run, and of a position
         sizes[p] = many + left
-        at += many + left
-    if at != entries:
-        return False, none, none, no_sizes
+        entries += many + left
+        if entries > len(counts):
+            return False, none, none, no_sizes
     # All ids in one loop: a loop for each position, or run, ends with a branch mispredicted.
     ids = np.empty(entries, np.uint32)
-    steps, token, here, one = np.uint64(positions + total), np.uint64(0), np.uint64(mark), np.uint64(1)
-    for i in range(np.uint64(entries)):
+    token, here, one = np.uint64(0), np.uint64(mark) - np.uint64(1), np.uint64(1)
+    for i in range(entries):
+        step, low, second = _value(classes, data, first, np.uint64(head) + np.uint64(i), low, second)
         start = np.uint64(starts[i])
         here += start >> one
         follows = (start & one) - one  # all bits, or none where a run begins
-        token = np.uint64(values[steps + i]) + ((token + one) & follows)
+        token = step + ((token + one) & follows)
         if token >= np.uint64(width) or np.uint64(seen[token]) == here:
             return False, none, none, no_sizes
         seen[token] = here
-        ids[i] = token
-    return True, ids, counts, sizes
+        ids[i] = table[token] if ranked else token
+    # The input ids: an entry of the position before them, or spelled out.
+    at, p, before = head + entries, 0, 0
+    for t in range(len(tokens)):
+        slot = 0
+        if t > 0 and supervised[t]:
+            if p == positions:
+                return False, none, none, no_sizes
+            slot = np.int64(heads[positions + total + p])
+            if slot > sizes[p]:
+                return False, none, none, no_sizes
+            before += sizes[p]
+            p += 1
+        if slot:
+            tokens[t] = ids[before - sizes[p - 1] + slot - 1]
+        else:
+            if at == len(classes):
+                return False, none, none, no_sizes
+            token, low, second = _value(classes, data, first, at, low, second)
+            if token >= np.uint64(width):
+                return False, none, none, no_sizes
+            tokens[t] = table[token] if ranked else token
+            at += 1
+    if at != len(classes) or (len(tokens) > 0 and p != positions):
+        return False, none, none, no_sizes
+    return True, ids, counts[:entries], sizes
+
+
+_KEYS, _WANTED = types.uint32[::1], types.uint64[::1]
+_NONE = np.uint64(2**63)
+
+
+@_compiled(
+    *(_NUMBERS, _NUMBERS, _SIZES, _NUMBERS, _FLAGS, _NUMBERS),
+    *(_LONG, _LONG, _LONG, _LONG, _OUT32, _LONG, _KEYS, _WANTED, _OUT32),
+)
+def sort_keys(
+    ids, counts, sizes, tokens, supervised, table, rounds, width, id_bits, group, seen, mark, keys, wanted, spelled
+):
+    """What `codec_split._sorted` and `input_streams` make of a row, before the sort. Returns how many input ids are
+    spelled out, how many positions have a count above 1, how many entries have; or -1 where something is not sound.
+
+    A key is: the position modulo `group` (a power of 2, at least 2), rounds - count, then `id_bits` of id. All keys of
+    a group of positions, sorted, are its entries in the order of the format.
+
+    Args:
+        tokens, supervised: [L] input ids; nothing for targets alone.
+        table: [V] the number of each id in the list; nothing where that is the id.
+        seen, mark: as in `split`.
+        keys: [M], is filled.
+        wanted: [P], is filled with the key of the next token, or `_NONE`.
+        spelled: [L], is filled with the input ids that no key tells.
+    """
+    at, filled, multiple, t, telling, ranked = 0, 0, 0, 0, 0, len(table) > 0
+    if len(counts) != len(ids) or len(keys) != len(ids) or len(seen) < width or (ranked and len(table) < width):
+        return -1, 0, 0
+    if len(tokens) != len(supervised) or len(spelled) != len(tokens) or len(wanted) != len(sizes):
+        return -1, 0, 0
+    count_bits = 0
+    while rounds > 1 << count_bits:
+        count_bits += 1
+    for p in range(len(sizes)):
+        if not 0 <= sizes[p] <= len(ids) - at:
+            return -1, 0, 0
+        following = np.uint64(_NONE)
+        if len(tokens):
+            while t < len(tokens) and (t == 0 or not supervised[t]):
+                if tokens[t] >= width:
+                    return -1, 0, 0
+                spelled[telling] = table[tokens[t]] if ranked else tokens[t]
+                telling += 1
+                t += 1
+            if t == len(tokens) or tokens[t] >= width:
+                return -1, 0, 0
+            following = np.uint64(tokens[t])
+        left, many, here, told = np.int64(rounds), 0, np.uint32(mark + p), np.uint64(_NONE)
+        for i in range(at, at + sizes[p]):
+            token, count = np.uint64(ids[i]), np.int64(counts[i])
+            if token >= np.uint64(width) or seen[token] == here or not 1 <= count <= left:
+                return -1, 0, 0
+            seen[token] = here
+            left -= count
+            many += count > 1
+            key = ((p & group - 1) << count_bits) + rounds - count
+            keys[i] = (np.uint64(key) << np.uint64(id_bits)) + np.uint64(table[token] if ranked else token)
+            if token == following:
+                told = np.uint64(keys[i])
+        if left:
+            return -1, 0, 0
+        wanted[p] = told
+        if len(tokens):
+            if told == np.uint64(_NONE):
+                spelled[telling] = table[tokens[t]] if ranked else tokens[t]
+                telling += 1
+            t += 1
+        at += sizes[p]
+        filled += many > 0
+        multiple += many
+    while t < len(tokens):
+        if (t > 0 and supervised[t]) or tokens[t] >= width:
+            return -1, 0, 0
+        spelled[telling] = table[tokens[t]] if ranked else tokens[t]
+        telling += 1
+        t += 1
+    return (telling if at == len(ids) else -1), filled, multiple
+
+
+@_compiled(
+    *(_KEYS, _SIZES, _WANTED, _NUMBERS, _LONG, _LONG, _LONG, _LONG, _LONG),
+    *(_OUT32, _OUT8, _OUT8, _OUT8),
+)
+def streams(keys, sizes, wanted, spelled, filled, multiple, rounds, id_bits, row, values, classes, lows, seconds):
+    """`codec_split._encode` above its zstd frame: how many raw bytes there are of each kind, or -1; fills the classes
+    [T] and the raw bytes.
+
+    Args:
+        keys, wanted, spelled, filled, multiple: of `sort_keys`; the keys sorted within their groups.
+        row: 1, or 0 for targets alone.
+        values: scratch [T].
+        lows, seconds: at least T + 1.
+    """
+    positions, one, id_mask = len(sizes), np.uint32(1), np.uint32((1 << id_bits) - 1)
+    top, rest, slots = positions, positions + filled, positions + multiple
+    head, at, id_bits = slots + row * positions, 0, np.uint32(id_bits)
+    if len(values) != head + len(keys) + len(spelled) or len(classes) != len(values) or len(wanted) != positions:
+        return -1, -1
+    if len(lows) <= len(values) or len(seconds) <= len(values) or not len(keys):
+        return -1, -1
+    count_mask = 1
+    while count_mask < rounds:
+        count_mask *= 2
+    count_mask -= 1
+    for p in range(positions):
+        if sizes[p] < 1 or sizes[p] > len(keys) - at:
+            return -1, -1
+        if row:
+            slot, told = 0, wanted[p]
+            for j in range(at, at + sizes[p]):
+                slot += np.uint64(keys[j]) <= told
+            values[slots + p] = slot if told != np.uint64(_NONE) else 0
+        many, count = 0, rounds - (np.int64(keys[at] >> id_bits) & count_mask)
+        while count > 1:
+            many += 1
+            below = 1
+            if many < sizes[p]:
+                below = rounds - (np.int64(keys[at + many] >> id_bits) & count_mask)
+            if many == 1:
+                values[top] = count - max(below, 2)
+                top += 1
+            else:
+                values[rest] = count - max(below, 2)
+                rest += 1
+            count = below
+        values[p] = many
+        at += sizes[p]
+    values[head] = keys[0] & id_mask
+    for i in range(1, len(keys)):
+        follows = np.uint32(keys[i] >> id_bits == keys[i - 1] >> id_bits)
+        values[head + i] = (keys[i] & id_mask) - ((keys[i - 1] & id_mask) + one) * follows
+    for i in range(len(spelled)):
+        values[head + len(keys) + i] = spelled[i]
+    # Two loops: the first becomes SIMD code, three times as fast in all.
+    for i in range(len(values)):
+        large, larger = np.uint32(values[i] >= np.uint32(128)), np.uint32(values[i] >= np.uint32(28800))
+        over = values[i] - (large << np.uint32(7)) - np.uint32(28672) * larger
+        classes[i] = (over >> (large + larger << np.uint32(3))) + (large << np.uint32(7)) + np.uint32(112) * larger
+    low, second = np.uint64(0), np.uint64(0)
+    for i in range(len(values)):
+        lows[low] = (values[i] - np.uint32(128)) & np.uint32(255)  # that of values - 28800 too
+        low += np.uint64(classes[i]) >> np.uint64(7)
+        if classes[i] >= 240:
+            seconds[second] = (values[i] - np.uint32(28800)) >> np.uint32(8) & np.uint32(255)
+            second += np.uint64(1)
+    return np.int64(low), np.int64(second)
 
 
 @_compiled(_NUMBERS, _NUMBERS, _SIZES, _FLAGS, _OUT32)

@@ -5,14 +5,18 @@ ids ascend where counts are equal, and only steps between ids are stored. Of the
 steps, from the smallest up; how many ids were drawn once follows from Σ counts = N. The next token is mostly among
 the ids drawn for it: a row stores which one, and spells out the others.
 
-Shapes: P supervised positions, M entries of all of them, C entries with a count above 1, L tokens of a row.
+All of a row is one list of integers (codec_ints.py), its small numbers in one zstd block, its ids in another: frames
+and blocks of their own for each stream cost rows of 128 tokens 1 % of their bytes and a third of the time.
+
+Shapes: P supervised positions, M entries of all of them, C entries with a count above 1, L tokens of a row, T values of
+its list.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,11 +41,13 @@ MOST_ENTRIES = MOST_VALUES // 4  # so that all values of a row fit in one list
 
 def encode_split(flat: FlatTargets, spec: Spec) -> bytes:
     """Four streams of integers, see docs/format.md; MismatchError when counts do not sum to the spec's rounds."""
-    return _encode(_sorted(flat, spec))
+    nothing = np.zeros(0, np.uint32)
+    return _encode(_sorted(flat, spec), nothing, nothing)
 
 
-def _encode(flat: FlatTargets) -> bytes:
-    if not len(flat.sizes):
+def _encode(flat: FlatTargets, slots: Array, spelled: Array) -> bytes:
+    """The list of entries by falling count and rising id, with what a row adds to it."""
+    if not len(flat.sizes) and not len(spelled):
         return b""
     first = np.cumsum(flat.sizes) - flat.sizes
     many = flat.values > 1
@@ -51,7 +57,12 @@ def _encode(flat: FlatTargets) -> bytes:
     steps = counts - np.uint32(2)
     steps[:-1] -= steps[1:]
     steps[last] = counts[last] - np.uint32(2)
-    return encode_ints([multiple, steps[top], steps[rest], id_steps(flat.ids, run_starts(flat.values, first))])
+    ids = id_steps(flat.ids, run_starts(flat.values, first))
+    return encode_ints([_joined(multiple, steps[top], steps[rest], slots), _joined(ids, spelled)])
+
+
+def _joined(*streams: Array) -> Array:
+    return np.concatenate([np.asarray(each, np.uint32) for each in streams])
 
 
 def _ends_of(sizes: Array) -> tuple[Array, Array, Array]:
@@ -59,15 +70,18 @@ def _ends_of(sizes: Array) -> tuple[Array, Array, Array]:
     after = np.cumsum(sizes)
     filled = np.flatnonzero(sizes)
     first, last = (after - sizes)[filled], after[filled] - 1
-    rest = np.ones(int(after[-1]), bool)
+    rest = np.ones(int(sizes.sum()), bool)
     rest[first] = False
     return first, last, np.flatnonzero(rest)  # indices, for numpy selects by masks ten times as slowly
 
 
-def _sorted(flat: FlatTargets, spec: Spec) -> FlatTargets:
+def _sorted(flat: FlatTargets, spec: Spec, length: int = 0) -> FlatTargets:
     """The same targets by falling count, then rising id; MismatchError for ids twice or counts of another sum."""
-    if max(len(flat.ids), len(flat.sizes)) > MOST_ENTRIES:
-        raise MismatchError(f"a row has {len(flat.ids)} entries, split holds {MOST_ENTRIES}; make rows shorter")
+    if 4 * max(len(flat.ids), len(flat.sizes)) + length > MOST_VALUES:
+        raise MismatchError(
+            f"a row has {len(flat.ids)} entries and {length} input ids, split holds {MOST_VALUES} together, "
+            "an entry as 4; make rows shorter"
+        )
     _check_sums(flat.values, flat.sizes, spec["rounds"])
     twice = find_twice(flat.ids, flat.sizes, spec["logit_width"])
     if twice is not None:
@@ -113,60 +127,65 @@ def id_steps(ids: Array, starts: Array) -> Array:
 
 def decode_split(data: bytes, positions: int, spec: Spec) -> FlatTargets:
     """The inverse, entries by falling count and rising id; FormatError for bytes that no encoder writes."""
-    flat, used = _decode(data, positions, spec)
-    if used != len(data):
-        raise FormatError(f"the targets take {used} bytes of {len(data)}; the file is damaged")
+    if not positions and not data:
+        return _no_targets(spec)
+    flat, _, rest = _split_list(_whole_list(data, most_values(positions, 0, spec)), positions, 0, spec)
+    if len(rest):
+        _refuse_sizes(len(flat.ids), len(flat.ids) + len(rest))
     return flat
 
 
-def _decode(data: bytes, positions: int, spec: Spec) -> tuple[FlatTargets, int]:
-    rounds = spec["rounds"]
-    if not positions:
-        empty = np.zeros(0, np.uint32)
-        return FlatTargets(ids=empty, values=empty, sizes=np.zeros(0, np.int64), rounds=rounds), 0
-    most = positions * (1 + 2 * min(rounds, spec["logit_width"]))
-    values, used = decode_ints(data, most, compiled.scratch("values"))
-    return _split_quickly(values, positions, spec) or _split_list(values, positions, spec), used
+def most_values(positions: int, length: int, spec: Spec) -> int:
+    """Of a list of so many positions and input ids: sizes, counts and ids, then slots and what is spelled out."""
+    return positions * (1 + 2 * min(spec["rounds"], spec["logit_width"])) + (positions + length if length else 0)
 
 
-def _split_quickly(values: Array, positions: int, spec: Spec) -> FlatTargets | None:
-    """`_split_list`, compiled; None where that is not at hand, or refuses and does not say why."""
-    fast, rounds, width = compiled.kernels(), spec["rounds"], spec["logit_width"]
-    if fast is None:
-        return None
-    starts = compiled.scratch("starts")(len(values) + 1, np.uint8)
-    sound, ids, counts, sizes = fast.split(
-        values, positions, rounds, width, starts, *compiled.stamps(width, positions + 1)
-    )
-    return FlatTargets(ids=ids, values=counts, sizes=sizes, rounds=rounds) if sound else None
+def _whole_list(data: bytes, most: int) -> Array:
+    values, used = decode_ints(data, most)
+    if used != len(data):
+        raise FormatError(f"its integers take {used} bytes of {len(data)}; the file is damaged")
+    return values
 
 
-def _split_list(values: Array, positions: int, spec: Spec) -> FlatTargets:
-    """The targets that the four streams say, or FormatError."""
+def _no_targets(spec: Spec) -> FlatTargets:
+    empty = np.zeros(0, np.uint32)
+    return FlatTargets(ids=empty, values=empty, sizes=np.zeros(0, np.int64), rounds=spec["rounds"])
+
+
+def _split_list(values: Array, positions: int, told: int, spec: Spec) -> tuple[FlatTargets, Array, Array]:
+    """The targets, `told` slots and what follows of the list, or FormatError."""
     rounds = spec["rounds"]
     if len(values) < positions:
         raise FormatError(f"{len(values)} values cannot hold {positions} sizes; the file is damaged")
     multiple = values[:positions].astype(np.int64)
     total = int(multiple.sum())
-    if total > len(values) - positions:
-        raise FormatError(f"{total} counts do not fit in {len(values) - positions} values; the file is damaged")
+    head = positions + total + told
+    if head > len(values):
+        raise FormatError(
+            f"{total} counts and {told} slots do not fit in {len(values) - positions} values; the file is damaged"
+        )
     counts = _counts(values[positions : positions + total], multiple)
     if int(counts.max(initial=0)) > rounds:  # beside others its sum could wrap around
         owner = np.searchsorted(np.cumsum(multiple), int(np.argmax(counts)), side="right")
         refuse(int(owner), f"counts that sum to more than {rounds}")
     single = rounds - _sums(counts, multiple)
-    if int(single.min()) < 0:
+    if int(single.min(initial=0)) < 0:
         refuse(int(np.argmin(single)), f"counts that sum to more than {rounds}")
-    sizes, steps = multiple + single, values[positions + total :]
-    if int(sizes.sum()) != len(steps):
-        raise FormatError(f"the sizes sum to {sizes.sum()}, {len(steps)} ids follow; the file is damaged")
-    first = np.cumsum(sizes) - sizes
-    everything = np.ones(len(steps), np.uint32)
+    sizes = multiple + single
+    entries = int(sizes.sum())
+    if entries > len(values) - head:
+        _refuse_sizes(entries, len(values) - head)
+    steps, first = values[head : head + entries], np.cumsum(sizes) - sizes
+    everything = np.ones(entries, np.uint32)
     everything[_places(first, multiple)] = counts
     ids = ids_of_steps(steps, run_starts(everything, first), rounds)
     check_ids(ids, sizes, spec["logit_width"])
-    ids = ids.astype(np.uint32, copy=False)
-    return FlatTargets(ids=ids, values=everything, sizes=sizes, rounds=rounds)
+    flat = FlatTargets(ids=ids.astype(np.uint32, copy=False), values=everything, sizes=sizes, rounds=rounds)
+    return flat, values[head - told : head], values[head + entries :]
+
+
+def _refuse_sizes(entries: int, ids: int) -> NoReturn:
+    raise FormatError(f"the sizes sum to {entries}, {ids} ids follow; the file is damaged")
 
 
 def _counts(steps: Array, multiple: Array) -> Array:
@@ -230,42 +249,54 @@ def check_ids(ids: Array, sizes: Array, width: int) -> None:
 
 
 def encode_split_row(input_ids: Array, flat: FlatTargets, supervised: Array, spec: Spec) -> bytes:
-    """The targets, then the input ids, as `encode_inputs` has them."""
-    flat = _sorted(flat, spec)
-    return _encode(flat) + encode_inputs(input_ids, flat, supervised)
+    """The targets and the input ids in one list."""
+    flat = _sorted(flat, spec, len(input_ids))
+    return _encode(flat, *input_streams(input_ids, flat, supervised))
 
 
 def decode_split_row(block: bytes, seq_len: int, supervised: Array, spec: Spec) -> tuple[Array, FlatTargets]:
     """input_ids [L] uint32 and the targets of the supervised positions."""
-    flat, used = _decode(block, int(np.count_nonzero(supervised[1:])), spec)
-    return decode_inputs(block[used:], flat, seq_len, supervised), flat
+    positions = int(np.count_nonzero(supervised[1:]))
+    values = _whole_list(block, most_values(positions, seq_len, spec))
+    flat, slots, spelled = _split_list(values, positions, positions, spec)
+    return place_inputs(slots, spelled, flat, supervised), flat
 
 
 def encode_inputs(input_ids: Array, flat: FlatTargets, supervised: Array) -> bytes:
-    """Which of its position's entries each next token is, then the input ids that this does not say."""
+    """Input ids as a list of their own, behind targets of another codec."""
+    return encode_ints(input_streams(input_ids, flat, supervised))
+
+
+def input_streams(input_ids: Array, flat: FlatTargets, supervised: Array) -> tuple[Array, Array]:
+    """Slots [P], which of its position's entries each next token is, from 1 on, or 0; the input ids that are not told
+    this way."""
     at = np.flatnonzero(flat.matches(input_ids[1:][supervised[1:]]))
     owners = flat.positions[at]
     slots = np.zeros(len(flat.sizes), np.int64)
     slots[owners] = at - (np.cumsum(flat.sizes) - flat.sizes)[owners] + 1
-    return encode_ints([slots, input_ids[~_told(slots, supervised)]])
+    return slots, input_ids[~_told(slots, supervised)]
 
 
 def decode_inputs(data: bytes, flat: FlatTargets, seq_len: int, supervised: Array) -> Array:
-    """[L] uint32: the inverse, given the targets with their entries in the same order."""
+    """[L] uint32: the inverse of `encode_inputs`, given the targets with their entries in the same order."""
     positions = len(flat.sizes)
     values, used = decode_ints(data, positions + seq_len, compiled.scratch("inputs"))
     if used != len(data):
         raise FormatError(f"the input ids take {used} bytes of {len(data)}; the file is damaged")
-    input_ids, fast = np.empty(seq_len, np.uint32), compiled.kernels()
-    if fast and fast.inputs(values, flat.ids, flat.sizes, supervised, input_ids):
-        return input_ids
-    slots, spelled = values[:positions].astype(np.int64), values[positions:]
+    return place_inputs(values[:positions], values[positions:], flat, supervised)
+
+
+def place_inputs(slots: Array, spelled: Array, flat: FlatTargets, supervised: Array) -> Array:
+    """[L] uint32: the inverse of `input_streams`; FormatError for streams that do not fit."""
+    input_ids, slots = np.empty(len(supervised), np.uint32), slots.astype(np.int64)
     wrong = np.flatnonzero(slots > flat.sizes[: len(slots)])
     if len(wrong):
         refuse(int(wrong[0]), f"entry {slots[wrong[0]]} of {flat.sizes[wrong[0]]} as its next token")
-    told = _told(slots, supervised) if len(slots) == positions else np.zeros(seq_len, bool)
-    if len(slots) < positions or len(spelled) != seq_len - np.count_nonzero(told):
-        raise FormatError(f"{len(values)} values do not make {seq_len} input ids; the file is damaged")
+    if len(slots) + len(spelled) != len(flat.sizes) + len(supervised) - np.count_nonzero(slots):
+        raise FormatError(
+            f"{len(slots)} slots and {len(spelled)} ids do not make {len(supervised)} input ids; the file is damaged"
+        )
+    told = _told(slots, supervised)
     input_ids[~told] = spelled
     input_ids[told] = flat.ids[((np.cumsum(flat.sizes) - flat.sizes) + slots - 1)[slots > 0]]
     return input_ids

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from .codec_counts import _checked
 from .codec_ints import decode_ints, encode_ints
-from .codec_split import _sorted, decode_split, decode_split_row, encode_split, encode_split_row
+from .codec_split import _sorted
+from .codec_split_fast import decode_counts, decode_counts_row, encode_counts, encode_counts_row
 from .codec_split_weights import _mix
 from .errors import FormatError
 from .flat import FlatTargets, Importance
@@ -69,7 +70,7 @@ def _coins(flat: FlatTargets, log2_p: Array) -> tuple[Array, Array]:
 def encode_ratios(flat: FlatTargets, spec: Spec, *, rounding: Rounding) -> bytes:
     """A list of levels, then `split`'s targets, see docs/format.md; MismatchError for draws of another temperature."""
     flat = _in_order(flat, spec)
-    return _levels(flat, spec, rounding) + encode_split(replace(flat, importance=None), spec)
+    return _levels(flat, spec, rounding) + encode_counts(replace(flat, importance=None), spec)
 
 
 def encode_ratios_row(
@@ -78,7 +79,7 @@ def encode_ratios_row(
     """A list of levels, then `split`'s row."""
     flat = _in_order(flat, spec)
     counts = replace(flat, importance=None)
-    return _levels(flat, spec, rounding) + encode_split_row(input_ids, counts, supervised, spec)
+    return _levels(flat, spec, rounding) + encode_counts_row(input_ids, counts, supervised, spec)
 
 
 def _in_order(flat: FlatTargets, spec: Spec) -> FlatTargets:
@@ -111,13 +112,13 @@ def _fineness(spec: Spec) -> float:
 def decode_ratios(data: bytes, positions: int, spec: Spec) -> FlatTargets:
     """Counts exactly, log2_p and entropy to the grid; FormatError for bytes that no encoder writes."""
     values, used = _read_levels(data, positions, spec)
-    return _weighed(decode_split(data[used:], positions, spec), values, spec)
+    return _weighed(decode_counts(data[used:], positions, spec), values, spec)
 
 
 def decode_ratios_row(block: bytes, seq_len: int, supervised: Array, spec: Spec) -> tuple[Array, FlatTargets]:
     """input_ids [L] uint32 and the targets of the supervised positions."""
     values, used = _read_levels(block, int(np.count_nonzero(supervised[1:])), spec)
-    input_ids, flat = decode_split_row(block[used:], seq_len, supervised, spec)
+    input_ids, flat = decode_counts_row(block[used:], seq_len, supervised, spec)
     return input_ids, _weighed(flat, values, spec)
 
 

@@ -74,7 +74,7 @@ GOLDEN_COUNTS = {
     "paper24": "030006 e70300 070008",
     "raw40": "0300300000 e703000000 0700400000",
     # a zstd frame of raw blocks: multiples 1 1; steps of counts 2 3; ids 3, 999 (class 0x83, low byte 0x67), 7
-    "split": "16000000 28b52ffd 2007 100000 0101 100000 0203 190000 038307 67",
+    "split": "13000000 28b52ffd 2007 200000 01010203 190000 038307 67",
 }
 GOLDEN_WEIGHTS = {
     # id 999 with 1/2 and id 3 with 1/4; nothing; id 7 with 1

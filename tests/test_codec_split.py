@@ -156,8 +156,8 @@ def test_a_row_by_hand():
         rounds=5,
     )
     block = encode_row(np.array([5, 999, 7], np.uint32), flat, np.array([False, True, True]), spec_of(1000, 5))
-    targets = "16000000 28b52ffd2007 1000000101 1000000203 190000038307 67"
-    assert block == bytes.fromhex(targets + "0f000000 28b52ffd2003 1000000201 09000005")
+    small, ids = "300000 010102030201", "210000 03830705"  # 1 1 (multiples) 2 3 (steps) 2 1 (entries); 3 999 7, 5
+    assert block == bytes.fromhex(f"16000000 28b52ffd200a {small} {ids} 67")
 
 
 # --- hostile bytes --------------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ def test_a_bomb_within_its_declaration_is_refused_by_its_sums():
     ("values", "words"),
     [
         ([1], "1 values cannot hold 2 sizes"),
-        ([9, 9, 1], "18 counts do not fit in 1 values"),
+        ([9, 9, 1], "18 counts and 0 slots do not fit in 1 values"),
         ([1, 1, 2, 9, 3, 999, 7], "position 1 has counts that sum to more than 5"),
         ([1, 1, 2, 3, 3, 7], "the sizes sum to 3, 2 ids follow"),
         ([1, 1, 2, 3, 3, 1000, 7], "position 0 has id 1000, but logit_width=1000"),
@@ -250,18 +250,28 @@ def test_damaged_frames_are_named(data, words):
 
 
 @pytest.mark.parametrize(
-    ("values", "words"),
+    ("slots", "spelled", "words"),
     [
-        ([3, 1, 5], "entry 3 of 2 as its next token"),
-        ([2, 1], "2 values do not make 3"),
-        ([2], "1 values do not make 3"),
+        ([3, 1], [5], "entry 3 of 2 as its next token"),
+        ([2, 1], [], "2 slots and 0 ids do not make 3"),
+        ([2, 1], [5, 5], "2 slots and 2 ids do not make 3"),
+        ([2, 1], [1000], "input id 1000, but logit_width=1000"),
     ],
 )
-def test_damaged_input_ids_are_named(values, words):
-    """A next token beyond its position's entries, and input ids that are too few."""
-    block = bytes.fromhex("16000000 28b52ffd2007 1000000101 1000000203 190000038307 67") + encode_ints([values])
+def test_damaged_input_ids_are_named(slots, spelled, words):
+    """A next token beyond its position's entries, input ids too few, too many and beyond the vocabulary."""
+    block = encode_ints([[1, 1, 2, 3, *slots, 3, 999, 7, *spelled]])
     with pytest.raises(FormatError, match=words):
         decode_row(block, 3, np.array([False, True, True]), spec_of(1000, 5))
+
+
+def test_a_row_without_targets_is_its_input_ids():
+    """Nothing supervised: one list, whose first block is empty."""
+    row, nothing = np.array([5, 7], np.uint32), np.zeros(2, bool)
+    none = FlatTargets(ids=row[:0], values=row[:0], sizes=np.zeros(0, np.int64), rounds=5)
+    block = encode_row(row, none, nothing, spec_of(1000, 5))
+    assert decode_ints(block, 2)[0].tolist() == [5, 7]
+    assert decode_row(block, 2, nothing, spec_of(1000, 5))[0].tolist() == [5, 7]
 
 
 def test_targets_that_are_no_draws_are_not_written():

@@ -1,0 +1,121 @@
+"""Rows of `split` by compiled loops: the same bytes, arrays and refusals as codec_split.py, which is their slow twin.
+
+Each function gives None where numba is not at hand (compiled.py), or where a loop refuses: then the twin runs on the
+same row and says why. A row is short, so what counts is the number of calls: two loops and numpy's sort encode one, a
+loop decodes one, ids by rank and input ids included.
+
+Shapes: P supervised positions, M entries of all of them, C entries with a count above 1, L tokens of a row, V ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .codec_ints import FIRST, MOST_VALUES, join_ints, read_classes
+from .codec_split import decode_split, decode_split_row, encode_split, encode_split_row, most_values
+from .compiled import kernels, scratch, stamps
+from .flat import FlatTargets
+
+Array = NDArray[Any]
+Spec = Mapping[str, Any]
+
+_KEY_BITS = 32  # numpy sorts these twice as fast as 64
+_GROUP_BITS = 8  # positions sorted at once: longer lists sort more slowly
+_NO_NUMBERS, _NO_MASK = np.zeros(0, np.uint32), np.zeros(0, bool)
+
+
+def encode_quickly(
+    input_ids: Array, flat: FlatTargets, supervised: Array, spec: Spec, table: Array | None
+) -> bytes | None:
+    """`encode_split_row` (no input ids: `encode_split`) with ids by `table` [V]."""
+    fast, rounds, width = kernels(len(flat.ids)), spec["rounds"], spec["logit_width"]
+    id_bits = (width - 1).bit_length()
+    group_bits = min(_GROUP_BITS, _KEY_BITS - id_bits - (rounds - 1).bit_length())
+    if fast is None or flat.rounds != rounds or not len(flat.sizes) or group_bits < 1:
+        return None
+    if flat.importance is not None or flat.curve is not None:
+        return None
+    tokens = np.asarray(input_ids).astype(np.uint32, copy=False)
+    if tokens is not input_ids and bool((tokens != input_ids).any()):
+        return None
+    positions, entries, length = len(flat.sizes), len(flat.ids), len(tokens)
+    if 4 * entries + length > MOST_VALUES:
+        return None
+    keys, wanted = scratch("keys")(entries, np.uint32), scratch("wanted")(positions, np.uint64)
+    spelled, seen = scratch("spelled")(length, np.uint32), stamps(width, positions)
+    row = (flat.ids, flat.values, flat.sizes, tokens, supervised, _NO_NUMBERS if table is None else table)
+    try:
+        telling, filled, multiple = fast.sort_keys(
+            *row, rounds, width, id_bits, 2**group_bits, *seen, keys, wanted, spelled
+        )
+    except TypeError:  # arrays of other types or strides than a sampler's
+        return None
+    if telling < 0:
+        return None
+    _sort_groups(keys, flat.sizes, 2**group_bits)
+    head = positions * (2 if length else 1) + multiple
+    total = head + entries + telling
+    classes, values = scratch("classes")(total, np.uint8), scratch("values")(total, np.uint32)
+    lows, seconds = scratch("lows")(total + 1, np.uint8), scratch("seconds")(total + 1, np.uint8)
+    low, second = fast.streams(
+        *(keys, flat.sizes, wanted, spelled[:telling], filled, multiple, rounds, id_bits, int(length > 0)),
+        *(values, classes, lows, seconds),
+    )
+    return join_ints([classes[:head], classes[head:]], [lows[:low], seconds[:second]]) if low >= 0 else None
+
+
+def _sort_groups(keys: Array, sizes: Array, group: int) -> None:
+    """Sorts the keys of each `group` positions."""
+    if len(sizes) <= group:
+        return keys.sort()
+    ends = np.cumsum(sizes)[group - 1 : -1 : group].tolist()
+    for begin, end in pairwise([0, *ends, len(keys)]):
+        keys[begin:end].sort()
+
+
+def decode_quickly(
+    data: bytes, positions: int, supervised: Array, spec: Spec, table: Array | None
+) -> tuple[Array, FlatTargets] | None:
+    """`decode_split_row` (nothing supervised: `decode_split`) with the id of each number by `table` [V]."""
+    fast, rounds, width = kernels(), spec["rounds"], spec["logit_width"]
+    if fast is None or not len(data):
+        return None
+    classes, end = read_classes(data, most_values(positions, len(supervised), spec))
+    starts, heads = scratch("starts")(len(classes) + 1, np.uint8), scratch("values")(len(classes), np.uint32)
+    tokens, seen = np.empty(len(supervised), np.uint32), stamps(width, positions + 1)
+    sound, ids, counts, sizes = fast.split(
+        *(classes, np.frombuffer(data, np.uint8), end, FIRST, positions, rounds, width, supervised),
+        *(_NO_NUMBERS if table is None else table, starts, heads, *seen, tokens),
+    )
+    return (tokens, FlatTargets(ids=ids, values=counts, sizes=sizes, rounds=rounds)) if sound else None
+
+
+# --- compiled or not, for codecs that hold counts beside something else ---------------------------------------
+
+
+def encode_counts(flat: FlatTargets, spec: Spec) -> bytes:
+    """`encode_split`."""
+    return encode_quickly(_NO_NUMBERS, flat, _NO_MASK, spec, None) or encode_split(flat, spec)
+
+
+def encode_counts_row(input_ids: Array, flat: FlatTargets, supervised: Array, spec: Spec) -> bytes:
+    """`encode_split_row`."""
+    quickly = encode_quickly(input_ids, flat, supervised, spec, None)
+    return quickly or encode_split_row(input_ids, flat, supervised, spec)
+
+
+def decode_counts(data: bytes, positions: int, spec: Spec) -> FlatTargets:
+    """`decode_split`."""
+    quickly = decode_quickly(data, positions, _NO_MASK, spec, None)
+    return quickly[1] if quickly else decode_split(data, positions, spec)
+
+
+def decode_counts_row(block: bytes, seq_len: int, supervised: Array, spec: Spec) -> tuple[Array, FlatTargets]:
+    """`decode_split_row`."""
+    quickly = decode_quickly(block, int(np.count_nonzero(supervised[1:])), supervised, spec, None)
+    return quickly or decode_split_row(block, seq_len, supervised, spec)
