@@ -17,6 +17,7 @@ from .errors import FormatError
 Array = NDArray[Any]
 
 _MOST_PADDED = 2**31  # bytes; a file of some MB must not make us allocate more
+SCALE_OCTAVE = 8  # levels of an octave of a position's `scale`
 _SMALLEST = 2.0**-149  # the smallest positive float32: a positive weight never becomes padding
 
 
@@ -61,6 +62,8 @@ class FlatTargets:
         importance: where draws were not from p itself, what weighs their counts.
         curve: [P, C] float32, the teacher's sorted probabilities in runs (see `sketch`); then each position has one
             entry, the token that came next and its probability.
+        scale: [P] float64, what all weights of a position are multiplied with: the share of the positions that were
+            kept over the probability of this one (see `position_budget`), share · 2^(l/8) with a whole l.
     """
 
     ids: Array
@@ -69,6 +72,7 @@ class FlatTargets:
     rounds: int | None = None
     importance: Importance | None = None
     curve: Array | None = None
+    scale: Array | None = None
 
     def __post_init__(self) -> None:
         total = int(self.sizes.sum())
@@ -76,6 +80,8 @@ class FlatTargets:
             raise ValueError(f"{len(self.ids)} ids and {len(self.values)} values, but the sizes sum to {total}")
         if self.curve is not None and not (len(self.curve) == len(self.sizes) == int((self.sizes == 1).sum())):
             raise ValueError(f"{len(self.curve)} curves, but {int((self.sizes == 1).sum())} positions have one entry")
+        if self.scale is not None and len(self.scale) != len(self.sizes):
+            raise ValueError(f"{len(self.scale)} scales, but there are {len(self.sizes)} positions")
         if self.importance is None:
             return
         lengths = len(self.importance.log2_p), len(self.importance.entropy)
@@ -104,7 +110,9 @@ class FlatTargets:
 
     @property
     def weights(self) -> Array:
-        """[M] float32: the stored weights, counts / rounds, or as `importance` says."""
+        """[M] float32: the stored weights, counts / rounds, or as `importance` says; times their position's scale."""
+        if self.scale is not None:
+            return (replace(self, scale=None).weights * np.repeat(self.scale, self.sizes)).astype(np.float32)
         if self.rounds is None:
             return self.values
         if self.importance is not None:
@@ -129,9 +137,14 @@ class FlatTargets:
         weighing = self.importance
         if weighing is not None:
             weighing = replace(weighing, log2_p=weighing.log2_p[entries], entropy=weighing.entropy[chosen])
-        curve = None if self.curve is None else self.curve[chosen]
         return replace(
-            self, ids=self.ids[entries], values=self.values[entries], sizes=sizes, importance=weighing, curve=curve
+            self,
+            ids=self.ids[entries],
+            values=self.values[entries],
+            sizes=sizes,
+            importance=weighing,
+            curve=None if self.curve is None else self.curve[chosen],
+            scale=None if self.scale is None else self.scale[chosen],
         )
 
     @classmethod
@@ -152,6 +165,7 @@ class FlatTargets:
             sizes=np.concatenate([part.sizes for part in parts]),
             importance=weighing,
             curve=_joined([part.curve for part in parts if part.curve is not None]),
+            scale=_joined([part.scale for part in parts if part.scale is not None]),
         )
 
     def padded(self) -> tuple[Array, Array]:
@@ -207,8 +221,8 @@ def _importance_weights(flat: FlatTargets, importance: Importance) -> Array:
     return np.exp2(logs.clip(-149, 127.99)).clip(_SMALLEST).astype(np.float32)
 
 
-def _joined(curves: list[Array]) -> Array | None:
-    return np.concatenate(curves) if curves else None
+def _joined(arrays: list[Array]) -> Array | None:
+    return np.concatenate(arrays) if arrays else None
 
 
 def _largest(values: Array, sizes: Array) -> Array:

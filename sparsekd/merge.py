@@ -78,6 +78,11 @@ def merged_spec(readers: Sequence[CacheReader], codec: str | None = None) -> Cac
                 f"{reader.path} holds {reader.spec.codec['name']}, not counts of draws from the teacher's own "
                 "distribution; merge adds counts: capture with sampler.temperature=1"
             )
+        if "share" in reader.spec.codec:
+            raise RecipeError(
+                f"{reader.path} has positions chosen by the teacher's entropy, others for each seed, so counts do not "
+                "add up; capture with positions_by=evenly and positions=1"
+            )
         _check_same(first, reader)
     draws = [_draws(reader) for reader in readers]
     seeds, parts = [s for each in draws for s in each[0]], [n for each in draws for n in each[1]]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsekd import models
+from sparsekd.cache import CacheReader
 from sparsekd.checks import make_folder
 from sparsekd.cross_set import open_cross_heldout, open_cross_set, tokenizer_of
 from sparsekd.cross_student import CROSS_METHODS, CrossCollator, attach_cross_kd
@@ -35,7 +36,7 @@ from sparsekd.training_set import (
     open_tokenizer,
     open_training_set,
 )
-from sparsekd.training_settings import check_settings, on_cpu
+from sparsekd.training_settings import check_position_weights, check_settings, on_cpu
 
 
 def train(
@@ -165,7 +166,10 @@ def _open_data(recipe: dict[str, Any]) -> TrainingSet:
         where = [recipe[key] for key in ("cache", "tokenizer", "student", "max_length")]
         return open_cross_set(*where, allow_biased=recipe["allow_biased"])
     asked = {key: recipe[key] for key in ("normalize", "allow_misaligned")}
-    return open_training_set(recipe["method"], recipe["cache"], recipe["rows"], **asked)
+    data = open_training_set(recipe["method"], recipe["cache"], recipe["rows"], **asked)
+    if isinstance(data.rows, CacheReader):
+        check_position_weights(recipe, data.rows.spec.codec)
+    return data
 
 
 def _run(out: Path, recipe: dict[str, Any], data: TrainingSet, progress: bool, callbacks: list[Any]) -> dict[str, Any]:

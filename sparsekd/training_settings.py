@@ -92,6 +92,24 @@ def _check_objective(recipe: dict[str, Any]) -> None:
             raise RecipeError(str(error)) from None
 
 
+def check_position_weights(recipe: dict[str, Any], codec: dict[str, Any]) -> None:
+    """Positions kept unevenly weigh unevenly, and only the targets' weights say so: refuse a loss that has other parts.
+
+    Raises:
+        RecipeError: the setting, and what to capture instead.
+    """
+    if "share" not in codec:
+        return
+    plain = {"method": "cached", "ce_weight": 0.0, "residual": "none", "hard_ratio": 1.0, "divergence": "forward_kl"}
+    for name, value in plain.items():
+        if recipe[name] != value:
+            raise RecipeError(
+                f"{name}={recipe[name]} needs every position to weigh alike, but this cache's positions were chosen by "
+                f"the teacher's entropy and its targets weigh the inverse; take {name}={value}, or capture with "
+                "positions_by=evenly"
+            )
+
+
 def on_cpu(recipe: dict[str, Any]) -> bool:
     """Whether this run is one of a CPU."""
     return (recipe["device"] or models.default_device()) == "cpu"
