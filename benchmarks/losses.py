@@ -5,9 +5,9 @@
 
 Every figure is a ratio to `F.cross_entropy(F.linear(hidden, head), labels)` in the same run, variants in turn, median
 over rounds: CPU seconds (others may use the machine too), on a GPU wall seconds between synchronisations. Peak memory
-is what a step takes beyond (hidden, head, and both gradients): the growth of a fresh process on a CPU, the allocator's
-on a GPU. `--few` leaves the options out; `--curves` adds cost against tokens, hidden size, vocabulary and labels. The
-last line is JSON.
+is what forward and backward take beyond (hidden, head, and both gradients): the growth of a fresh process on a CPU, the
+allocator's on a GPU. `--few` leaves the options out; `--curves` adds cost against tokens, hidden size, vocabulary and
+labels. The last line is JSON.
 
 Peers run where their packages are and know the device. Top-k losses of other trainers are re-stated by formula, on
 dense logits as they take them: Σ t (log t - log_softmax(z)) at the kept ids (TRL), and the same as gather - logsumexp
@@ -17,6 +17,7 @@ dense logits as they take them: Σ t (log t - log_softmax(z)) at the kept ids (T
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -158,6 +160,7 @@ OPTIONS: dict[str, Loss] = {
     "the same at temperature 2": partial(fused_mixed, temperature=2.0),
     "fused, gradient into head.grad": fused_into,
 }
+MEASURED_ALWAYS = (BASE, "fused_linear_sparse_kl")  # the peak of memory, with --few
 ON_CURVES = (BASE, "three bare products", "top-k KL, log_softmax + gather", "fused_linear_sparse_kl")
 
 
@@ -220,19 +223,26 @@ def cuda_growth(variant: str, sizes: Sizes) -> int:
 
 
 def process_growth(variant: str, sizes: Sizes) -> int:
+    """The peak of resident memory while a step runs, less what was resident and what its gradients take.
+
+    A step of one token ran before it, so that libraries are loaded; freed memory was given back. What the matrix
+    product packs its operands into (5.5 MiB for a wide one, with MKL, once a process) is counted.
+    """
     loss, x = variants(sizes.device)[variant], make(sizes)
     small = x | {"hidden": x["hidden"][:1].detach().requires_grad_(), "labels": x["labels"][:1]}
-    step(loss, small | {"targets": x["targets"][:1]})  # both gradients and workspaces exist from here on
+    step(loss, small | {"targets": x["targets"][:1]})
     x["head"].grad = x["hidden"].grad = None
-    before = peak_now()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+    before = resident("VmRSS")
     step(loss, x)
-    return peak_now() - before
+    return resident("VmHWM") - before - sum(x[leaf].numel() * x[leaf].element_size() for leaf in ("hidden", "head"))
 
 
-def peak_now() -> int:
-    """VmHWM in bytes (Linux). Not ru_maxrss: that starts at the parent's peak."""
+def resident(name: str) -> int:
+    """VmRSS or VmHWM (its peak) in bytes (Linux). Not ru_maxrss: that starts at the parent's peak."""
     with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(name))
 
 
 def curves(sizes: Sizes, rounds: int) -> dict[str, list[dict[str, Any]]]:
@@ -246,6 +256,7 @@ def curves(sizes: Sizes, rounds: int) -> dict[str, list[dict[str, Any]]]:
 
 
 def main() -> None:
+    torch.set_num_threads(1)
     if sys.argv[1:2] == ["--memory-of"]:
         return print(process_growth(sys.argv[2], Sizes(**json.loads(sys.argv[3]))))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -256,7 +267,6 @@ def main() -> None:
     for name in ("few", "curves", "no-memory"):
         parser.add_argument(f"--{name}", action="store_true")
     a = parser.parse_args()
-    torch.set_num_threads(1)
     sizes = Sizes(**{name: getattr(a, name) for name in asdict(Sizes())})
     names = KEPT if a.few else variants(sizes.device)
     found: dict[str, dict[str, float]] = times(sizes, names, a.rounds, a.warm)
@@ -264,7 +274,7 @@ def main() -> None:
     print(f"[tokens, vocab] in fp32 is {sizes.tokens * sizes.vocab * 4 / 2**20:.0f} MiB\n")
     print(f"{'':<40}{'time / CE':>12}{'µs a token':>12}{'peak MiB':>12}")
     for name, each in found.items():
-        if not a.no_memory:
+        if not a.no_memory and (not a.few or name in MEASURED_ALWAYS):
             each["peak_bytes"] = peak_bytes(name, sizes)
         peak = f"{each['peak_bytes'] / 2**20:>12.0f}" if "peak_bytes" in each else ""
         print(f"{name:<40}{each['time_ratio']:>12.2f}{each['us_per_token']:>12.2f}{peak}", flush=True)

@@ -218,6 +218,7 @@ def _(hidden_NH: Tensor, head_VH: Tensor, bias: Tensor | None, *rest: Any) -> tu
 
 
 def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # else backward makes zeros as large as dhead: for an output, it has a "gradient"
     ctx.save_for_backward(*output[1:])
     ctx.want, ctx.arguments = inputs[-1], len(inputs)
 

@@ -26,6 +26,8 @@ CHUNK_ROWS = {torch.float32: 256, torch.float64: 256, torch.bfloat16: 1024, torc
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
 # A block of dhead's rows in 16 bits, before it is added in float32: stays in a CPU's cache.
 BLOCK_BYTES = {"cpu": 2**20, "cuda": 64 * 2**20}
+# Columns of logits that one thread makes at a time: MKL then packs into 1.4 MiB, not 5.5, and is 7 to 9 % faster.
+COLUMNS = 1024
 
 _CPU = torch.cpu.get_capabilities()
 # Dtypes that this CPU has instructions to multiply matrices in; in others, float32 is several times faster.
@@ -95,7 +97,7 @@ def loss_and_gradients(
     for part in _parts(len(rows), step):
         chosen = part if picks is None else picks[part]
         hidden_CH = hidden_NH[chosen].to(compute)
-        logits_CV = torch.mm(hidden_CH, head.T, out=workspace(len(hidden_CH), head))
+        logits_CV = head_product(hidden_CH, head)
         scale = scale_N[part] if wanted.any else None
         kernel = _row_kernel(logits_CV, rows) if merge is None else None
         if kernel is not None:
@@ -106,7 +108,7 @@ def loss_and_gradients(
         if grad_bias is not None:
             grad_bias += logits_CV.sum(0, dtype=working)
         if grad_hidden is not None:
-            grad_hidden[chosen] = torch.mm(logits_CV, head).to(hidden_NH.dtype)
+            _put(grad_hidden, chosen, logits_CV, head)
         if grad_head is not None:
             grad_head.add_(logits_CV, hidden_CH)
     return total, Gradients(
@@ -114,6 +116,16 @@ def loss_and_gradients(
         head=None if grad_head is None else grad_head.result(),
         bias=None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
     )
+
+
+def head_product(hidden_CH: Tensor, head_VH: Tensor) -> Tensor:
+    """hidden_CH @ head_VH.T in the thread's workspace."""
+    logits_CV = workspace(len(hidden_CH), head_VH)
+    if logits_CV.device.type != "cpu" or torch.get_num_threads() > 1:  # threads would meet once a block
+        return torch.mm(hidden_CH, head_VH.T, out=logits_CV)
+    for block in _parts(len(head_VH), COLUMNS):
+        torch.mm(hidden_CH, head_VH[block].T, out=logits_CV[:, block])
+    return logits_CV
 
 
 def chunk_losses_(
@@ -153,6 +165,14 @@ def chunk_losses_(
     for part, tile, slope, seen in zip(parts, tiles, slopes, merge(list(seens), options.temperature), strict=True):
         write(part, tile, slope, seen)
     return losses
+
+
+def _put(grad_NH: Tensor, chosen: slice | Tensor, grad_CV: Tensor, head_VH: Tensor) -> None:
+    """grad_NH[chosen] = grad_CV @ head_VH, without a [C, H] in between where it can be."""
+    if isinstance(chosen, slice) and grad_NH.dtype == grad_CV.dtype:
+        torch.mm(grad_CV, head_VH, out=grad_NH[chosen])
+    else:
+        grad_NH[chosen] = torch.mm(grad_CV, head_VH).to(grad_NH.dtype)
 
 
 def _row_kernel(logits_CV: Tensor, rows: Rows) -> Callable[..., Tensor] | None:
