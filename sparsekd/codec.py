@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from .codec_counts import decode_counts, decode_importance, encode_counts, encode_importance
 from .codec_curve import are_edges, decode_curve, encode_curve
 from .codec_ints import zstd_version
+from .codec_scale import decode_scale, encode_scale
 from .codec_split import decode_split, decode_split_row, encode_split, encode_split_row
 from .codec_split_fast import decode_quickly, encode_quickly
 from .codec_split_ratio import decode_ratios, decode_ratios_row, encode_ratios, encode_ratios_row
@@ -210,7 +211,7 @@ def check_codec(spec: Spec) -> Codec:
         raise RecipeError(f"codec {name!r} is unknown; this sparsekd has {', '.join(CODECS)}")
     codec = CODECS[name]
     known = {"name", "logit_width", *_KEYS[codec.holds]}
-    if set(spec) != known:
+    if set(spec) - {"share"} != known:
         raise RecipeError(f"codec {name} takes the keys {sorted(known)}, got {sorted(spec)}")
     if not _within(width, 2**codec.id_bits):
         raise RecipeError(
@@ -220,6 +221,8 @@ def check_codec(spec: Spec) -> Codec:
         raise RecipeError(f"codec {name} holds 1 to {codec.max_rounds} rounds, but rounds={rounds!r}; {_other(codec)}")
     if codec.holds == IMPORTANCE:
         _check_weighting(name, spec)
+    if "share" in spec and not (type(spec["share"]) is float and 0 < spec["share"] < 1):
+        raise RecipeError(f"codec {name} needs a share between 0 and 1, but share={spec['share']!r}")
     if codec.holds == CURVES and not are_edges(spec["edges"], width):
         raise RecipeError(
             f"codec {name} needs edges, ranks ascending from 0 to logit_width={width}, but edges={spec['edges']!r:.80}"
@@ -251,17 +254,18 @@ def _within(value: Any, most: int) -> bool:
 
 def codec_engine(spec: Spec) -> dict[str, str]:
     """What a shard's header says of the library that compressed it: nothing for codecs that use none."""
-    return {"zstd": zstd_version()} if CODECS[spec["name"]].ranked else {}
+    return {"zstd": zstd_version()} if CODECS[spec["name"]].ranked or "share" in spec else {}
 
 
 def encode(flat: FlatTargets, spec: Spec) -> bytes:
     """The targets as bytes. MismatchError when they are not what the spec says (rounds, ids too wide)."""
     codec = check_codec(spec)
-    quickly = codec.quick_encode and codec.quick_encode(_NO_IDS, flat, _NO_MASK, spec, None)
-    if quickly is not None:
-        return quickly
+    scaled = (flat.scale is None) == ("share" not in spec)
+    quickly = scaled and codec.quick_encode and codec.quick_encode(_NO_IDS, flat, _NO_MASK, spec, None)
+    if quickly:
+        return encode_scale(flat, spec) + quickly
     _check_targets(flat, codec, spec)
-    return codec.encode(flat, spec)
+    return encode_scale(flat, spec) + codec.encode(flat, spec)
 
 
 def _check_targets(flat: FlatTargets, codec: Codec, spec: Spec) -> None:
@@ -286,6 +290,9 @@ def _check_kind(flat: FlatTargets, codec: Codec, spec: Spec) -> None:
             f"targets have rounds={flat.rounds}, codec {spec['name']} was set up for rounds={spec.get('rounds')}; "
             f"{way_out}"
         )
+    if (flat.scale is None) != ("share" not in spec):
+        has, takes = ("no ", "them") if flat.scale is None else ("", "none")
+        raise MismatchError(f"targets have {has}scales of positions, codec {spec['name']} was set up for {takes}")
     if held != codec.holds:
         raise MismatchError(f"targets are {held}, codec {spec['name']} holds {codec.holds}; {way_out}")
 
@@ -293,12 +300,13 @@ def _check_kind(flat: FlatTargets, codec: Codec, spec: Spec) -> None:
 def decode(data: bytes, positions: int, spec: Spec) -> FlatTargets:
     """The targets of `positions` positions. FormatError for bytes that no encoder writes."""
     codec = check_codec(spec)
-    quickly = codec.quick_decode and codec.quick_decode(data, positions, _NO_MASK, spec, None)
+    scale, used = decode_scale(data, positions, spec)
+    quickly = codec.quick_decode and codec.quick_decode(data[used:], positions, _NO_MASK, spec, None)
     if quickly is not None:
-        return quickly[1]
-    flat = codec.decode(data, positions, spec)
+        return quickly[1] if scale is None else replace(quickly[1], scale=scale)
+    flat = codec.decode(data[used:], positions, spec)
     _check_ids(flat, spec)
-    return flat
+    return flat if scale is None else replace(flat, scale=scale)
 
 
 def _check_ids(flat: FlatTargets, spec: Spec) -> None:
@@ -323,9 +331,10 @@ def encode_row(input_ids: Array, flat: FlatTargets, supervised: Array, spec: Spe
     block; the reader needs its inverse.
     """
     codec, supervised = check_codec(spec), supervised.astype(bool, copy=False)
-    quickly = codec.quick_encode and codec.quick_encode(input_ids, flat, supervised, spec, ranks)
-    if quickly is not None:
-        return quickly
+    scaled = (flat.scale is None) == ("share" not in spec)
+    quickly = scaled and codec.quick_encode and codec.quick_encode(input_ids, flat, supervised, spec, ranks)
+    if quickly:
+        return encode_scale(flat, spec) + quickly
     expected, width = int(np.count_nonzero(supervised[1:])), spec["logit_width"]
     if len(flat.sizes) != expected:
         raise MismatchError(
@@ -340,9 +349,10 @@ def encode_row(input_ids: Array, flat: FlatTargets, supervised: Array, spec: Spe
     _check_targets(flat, codec, spec)
     if ranks is not None:
         input_ids, flat = ranks[input_ids], replace(flat, ids=ranks[flat.ids])
+    scale = encode_scale(flat, spec)
     if codec.encode_row is not None:
-        return codec.encode_row(input_ids, flat, supervised, spec)
-    return pack(input_ids, id_bytes(width)) + codec.encode(flat, spec)
+        return scale + codec.encode_row(input_ids, flat, supervised, spec)
+    return scale + pack(input_ids, id_bytes(width)) + codec.encode(flat, spec)
 
 
 def decode_row(
@@ -354,10 +364,12 @@ def decode_row(
     """
     codec, supervised = check_codec(spec), supervised.astype(bool, copy=False)
     positions = int(np.count_nonzero(supervised[1:]))
-    quickly = codec.quick_decode and codec.quick_decode(block, positions, supervised, spec, ids)
+    scale, used = decode_scale(block, positions, spec)
+    quickly = codec.quick_decode and codec.quick_decode(block[used:], positions, supervised, spec, ids)
     if quickly is not None:
-        return quickly
-    input_ids, flat = (codec.decode_row or _decode_plain_row)(block, seq_len, supervised, spec)
+        return quickly if scale is None else (quickly[0], replace(quickly[1], scale=scale))
+    input_ids, flat = (codec.decode_row or _decode_plain_row)(block[used:], seq_len, supervised, spec)
+    flat = flat if scale is None else replace(flat, scale=scale)
     width = spec["logit_width"]
     if seq_len and int(input_ids.max()) >= width:
         raise FormatError(f"input id {input_ids.max()}, but logit_width={width}; the file is damaged")
