@@ -3,7 +3,8 @@
 A cache turns out too noisy: capture the same rows again with another seed and merge, instead of starting over. Counts
 add, so t̂ = Σ counts / Σ rounds; unbiased parts make an unbiased whole, and independent draws average: the squared
 error of random_sampling(25) + random_sampling(25) is that of random_sampling(50). Systematic parts halve theirs; one
-systematic capture of all rounds errs less still, for it spaces all its points evenly.
+systematic capture of all rounds errs less still, for it spaces all its points evenly. Draws from q ∝ p^t add up too,
+where the temperatures are one: plain weights are then the parts' mean, to how finely the codec keeps a probability.
 
 Shapes: L tokens of a row, M entries of a row's targets.
 """
@@ -19,10 +20,10 @@ from typing import Any
 import numpy as np
 
 import sparsekd
+from sparsekd.adding import add_draws
 from sparsekd.cache import CacheReader, CacheSpec, CacheWriter, RowRecord
-from sparsekd.codec import codec_spec, default_codec
+from sparsekd.codec import CODECS, codec_spec, default_codec
 from sparsekd.errors import MismatchError, RecipeError
-from sparsekd.flat import add_counts
 from sparsekd.making import copy_tokenizer
 from sparsekd.manifest import first_difference, short
 
@@ -52,7 +53,7 @@ def merge(
 
     Raises:
         MismatchError: another teacher, other rows or another sampler; a seed that two of them share.
-        RecipeError: fewer than two caches, caches without counts, or a codec that does not hold all rounds.
+        RecipeError: fewer than two caches, caches without counts, or a codec that does not hold all of it.
     """
     if len(caches) < 2:
         raise RecipeError(f"merge needs two caches or more, got {len(caches)}: sparsekd merge A B out=C")
@@ -73,10 +74,10 @@ def merged_spec(readers: Sequence[CacheReader], codec: str | None = None) -> Cac
     """The identity of the whole: the first part's, with the seeds and rounds of all. Refuses what does not add up."""
     first = readers[0]
     for reader in readers:
-        if first.spec.codec.get("rounds") is None or "temperature" in reader.spec.codec:
+        if reader.spec.codec.get("rounds") is None:
             raise RecipeError(
-                f"{reader.path} holds {reader.spec.codec['name']}, not counts of draws from the teacher's own "
-                "distribution; merge adds counts: capture with sampler.temperature=1"
+                f"{reader.path} holds {reader.spec.codec['name']}, not counts of draws; merge adds counts: capture "
+                "with random_sampling or systematic, and a codec that keeps them (leave codec out)"
             )
         if "share" in reader.spec.codec:
             raise RecipeError(
@@ -105,17 +106,18 @@ def _merged(readers: Sequence[CacheReader], row: int) -> RowRecord:
         for name in ("input_ids", "starts", "supervised"):
             if not np.array_equal(getattr(record, name), getattr(records[0], name)):
                 raise MismatchError(f"row {row} of {readers[0].path} and of {reader.path} differ in {name}")
-    return replace(records[0], targets=add_counts([record.targets for record in records]))
+    return replace(records[0], targets=add_draws([record.targets for record in records]))
 
 
 def _codec(spec: CacheSpec, rounds: int, codec: str | None) -> dict[str, Any]:
+    weighing = {key: spec.codec[key] for key in ("temperature", "normalize") if key in spec.codec}
     if codec is None:
         with suppress(RecipeError):
-            return codec_spec(spec.codec["name"], logit_width=spec.logit_width, rounds=rounds)
-        return default_codec(rounds, spec.logit_width)
-    chosen = codec_spec(codec, logit_width=spec.logit_width, rounds=rounds)
-    if chosen.get("rounds") != rounds or "temperature" in chosen:
-        raise RecipeError(f"codec={codec} does not hold counts; leave codec out")
+            return codec_spec(spec.codec["name"], logit_width=spec.logit_width, rounds=rounds, **weighing)
+        return default_codec(rounds, spec.logit_width, **weighing)
+    chosen = codec_spec(codec, logit_width=spec.logit_width, rounds=rounds, **weighing)
+    if CODECS[codec].holds != CODECS[spec.codec["name"]].holds:
+        raise RecipeError(f"codec={codec} does not hold {CODECS[spec.codec['name']].holds}; leave codec out")
     return chosen
 
 

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from sparsekd import models
+from sparsekd.adding import add_draws
 from sparsekd.cache import CacheReader, CacheSpec
 from sparsekd.checks import check_at_least
 from sparsekd.codec import FlatTargets, decode, encode
 from sparsekd.drawing import Teacher, cpu_threads, flat_rows, open_teacher, shard_batches
 from sparsekd.errors import MismatchError
-from sparsekd.flat import add_counts
 
 
 def recompute(cache: CacheReader, teacher: str, rows: int, seed: int = 0, device: str | None = None) -> dict[str, Any]:
@@ -62,7 +62,12 @@ def _redraw(source: Teacher, cache: CacheReader, row: int) -> FlatTargets:
     for part in _part_specs(spec):
         drawn = replace(source, spec=part).draw(ids, supervised, batch.start)
         parts.append(flat_rows(drawn, supervised, part.codec)[row - batch.start])
-    return parts[0] if len(parts) == 1 else add_counts(parts)
+    return parts[0] if len(parts) == 1 else add_draws([_stored(part, spec.codec) for part in parts])
+
+
+def _stored(flat: FlatTargets, codec: dict[str, Any]) -> FlatTargets:
+    """A part as the cache that it was read from held it: rounding a probability may hang on the part's own draws."""
+    return decode(encode(flat, codec | {"rounds": flat.rounds}), len(flat.sizes), codec | {"rounds": flat.rounds})
 
 
 def _part_specs(spec: CacheSpec) -> list[CacheSpec]:

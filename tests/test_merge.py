@@ -9,19 +9,20 @@ from typer.testing import CliRunner
 
 import sparsekd as skd
 from sparsekd import models
+from sparsekd.adding import add_draws
 from sparsekd.cache import verify
 from sparsekd.capture import capture
 from sparsekd.cli import app
 from sparsekd.errors import MismatchError, RecipeError
-from sparsekd.flat import FlatTargets, add_counts
+from sparsekd.flat import FlatTargets, Importance, add_counts
 from sparsekd.merge import merge
 from sparsekd.recompute import recompute
 
 PARTS = {"a": ("systematic", 10, 0), "b": ("systematic", 7, 1), "c": ("systematic", 30, 2)}
 
 
-def make(world, out, sampler, rounds, seed, **settings):
-    draws = {"name": sampler, "rounds": rounds}
+def make(world, out, sampler, rounds, seed, draws=None, **settings):
+    draws = {"name": sampler, "rounds": rounds} | (draws or {})
     settings = {"rows": world.rows, "teacher": world.teacher, "limit_rows": 24, "shard_rows": 8} | settings
     capture(out=out, sampler=draws, seed=seed, device="cpu", **settings)
     return str(out)
@@ -37,6 +38,12 @@ def dense_counts(path, row):
     flat = skd.CacheReader(path).flat(row)
     dense = np.zeros((len(flat.sizes), 300), np.int64)
     dense[flat.positions, flat.ids] = flat.values
+    return dense
+
+
+def dense_of(flat):
+    dense = np.zeros((len(flat.sizes), 300))
+    dense[flat.positions, flat.ids] = flat.weights
     return dense
 
 
@@ -67,6 +74,63 @@ def test_counts_add_and_the_cache_is_sound(world, parts, tmp_path):
     assert verify(tmp_path / "ab").problems == []
     with skd.CacheReader(tmp_path / "ab") as reader:
         assert recompute(reader, world.teacher, rows=4, device="cpu")["identical"] == 4
+
+
+@pytest.mark.parametrize("codec", ["split_ratio", "split_ratio_unbiased", "ratio48"])
+@pytest.mark.parametrize("temperature", [0.7, 1.4])
+def test_importance_draws_add_up(world, tmp_path, codec, temperature):
+    """Plain weights of the sum are the mean of the parts', weighed by rounds, to the codec's rounding of a weight (for
+    split_ratio, which rounds each entry by itself, nearly exactly); the sum is sound and is drawn again."""
+    draws = {"temperature": temperature, "normalize": codec == "split_ratio"}
+    parts = [
+        make(world, tmp_path / f"{seed}", "systematic", rounds, seed, codec=codec, draws=draws)
+        for seed, rounds in ((0, 10), (1, 15))
+    ]
+    manifest = merge(caches=parts, out=tmp_path / "sum")
+    assert manifest["spec"]["codec"] == {"name": codec, "logit_width": 300, "rounds": 25} | draws
+    readers = [skd.CacheReader(path, normalize=False) for path in (*parts, tmp_path / "sum")]
+    for row in range(24):
+        first, second, both = (dense_of(reader.flat(row)) for reader in readers)
+        mean = 0.4 * first + 0.6 * second
+        # What is left: a step of 2.2 % when a weight is rounded again (ratio48: 2.2 % √octaves of p, times |1 - t|).
+        np.testing.assert_allclose(both, mean, rtol=1e-5 if codec == "split_ratio" else 0.05, atol=1e-6)
+        assert np.array_equal(dense_counts(tmp_path / "sum", row), sum(dense_counts(part, row) for part in parts))
+    assert verify(tmp_path / "sum").problems == []
+    with skd.CacheReader(tmp_path / "sum") as reader:
+        assert recompute(reader, world.teacher, rows=4, device="cpu")["identical"] == 4
+
+
+def test_importance_draws_that_do_not_add_up(world, parts, tmp_path):
+    """Another temperature, weights that lost their counts, a codec of plain counts."""
+    settings = [("ratio48", 0.7), ("ratio48", 0.8), ("prob40", 0.7)]
+    others = [
+        make(world, tmp_path / f"{number}", "systematic", 10, 5 + number, codec=codec, draws={"temperature": t})
+        for number, (codec, t) in enumerate(settings)
+    ]
+    with pytest.raises(MismatchError, match=r"sampler\.temperature=0\.7, .* has sampler\.temperature=0\.8"):
+        merge(caches=others[:2], out=tmp_path / "out")
+    with pytest.raises(MismatchError, match=r"sampler\.temperature"):
+        merge(caches=[others[0], parts["a"]], out=tmp_path / "out")
+    with pytest.raises(RecipeError, match=r"holds prob40, not counts of draws; .* a codec that keeps them"):
+        merge(caches=[others[2], others[0]], out=tmp_path / "out")
+    again = make(world, tmp_path / "again", "systematic", 10, 9, codec="ratio48", draws={"temperature": 0.7})
+    with pytest.raises(RecipeError, match="codec=split does not hold importance draws; leave codec out"):
+        merge(caches=[others[0], again], out=tmp_path / "out", codec="split")
+
+
+def test_add_draws_by_hand():
+    """t = 0.5, H = 2: worths 2^((2 - 4) / 2) = 1/2 and 2^((2 - 6) / 2) = 1/4; drawn 1 and 3 times their mean is 5/16,
+    which is p = 2^-2 · (5/16)^2; an id of one part alone keeps its p."""
+
+    def part(ids, counts, log2_p, rounds):
+        weighing = Importance(log2_p=np.float32(log2_p), entropy=np.float32([2]), temperature=0.5, normalize=False)
+        values, sizes = np.uint32(counts), np.array([len(ids)])
+        return FlatTargets(ids=np.uint32(ids), values=values, sizes=sizes, rounds=rounds, importance=weighing)
+
+    both = add_draws([part([7, 3], [1, 1], [-4, -1], 2), part([7], [3], [-6], 3)])
+    assert (both.ids.tolist(), both.values.tolist(), both.rounds) == ([3, 7], [1, 4], 5)
+    np.testing.assert_allclose(np.exp2(both.importance.log2_p), [1 / 2, (5 / 16) ** 2 / 4], rtol=1e-6)
+    np.testing.assert_allclose(both.weights, [2**0.5 / 5, 4 / 5 * 5 / 16], rtol=1e-6)
 
 
 def test_order_and_grouping_change_no_byte_of_a_row(parts, tmp_path):
@@ -127,7 +191,7 @@ def test_what_does_not_add_up_is_refused(world, parts, tmp_path):
                 merge(caches=pair, out=home / "out")
     weights = home / "weights"
     capture(rows=world.rows, teacher=world.teacher, out=weights, sampler="top_k", limit_rows=24, device="cpu")
-    with pytest.raises(RecipeError, match="not counts of draws"):
+    with pytest.raises(RecipeError, match="not counts of draws; merge adds counts"):
         merge(caches=[str(weights), parts["a"]], out=home / "out")
     with pytest.raises(RecipeError, match="merge needs two caches or more, got 1"):
         merge(caches=[parts["a"]], out=home / "out")
