@@ -170,9 +170,13 @@ class CacheWriter:
         return manifest
 
 
+# What else may lie in a cache's folder before its first shard.
+_COMPANIONS = ("tokenizer", "sets.safetensors")
+
+
 def _check_own(path: Path) -> None:
     """MismatchError for a folder with files of others: its manifest.json would be written over."""
-    names = [name for name in list_folder(path) if not name.startswith(".") and name != "tokenizer"]
+    names = [name for name in list_folder(path) if not name.startswith(".") and name not in _COMPANIONS]
     if not names or shard_numbers(names):
         return
     with suppress(ValueError, OSError, RecursionError, AttributeError):

@@ -14,6 +14,7 @@ import numpy as np
 from sparsekd.cache import CacheReader, Row
 from sparsekd.errors import RecipeError
 from sparsekd.files import is_url, join
+from sparsekd.set_table import read_table
 
 Show = Callable[[np.ndarray], str]
 WIDTH = 100  # columns of the page
@@ -62,11 +63,20 @@ def describe_cache(path: str, row: int | None = None, positions: int = 24) -> st
 
 
 def _with_sets(show: Show, reader: CacheReader) -> Show:
-    """Ids that stand for sets of tokens (see prefix_sets) as what they begin with, and dots."""
-    size = (reader.spec.data.get("transcoded") or {}).get("sets")
-    if size is None:
+    """Ids that stand for sets of tokens (see `set_table`) as `'a'…`, conditions as `given 'a'…`."""
+    described = (reader.spec.data.get("transcoded") or {}).get("sets")
+    if described is None:
         return show
-    return lambda ids: f"{show(ids - size)}…" if len(ids) == 1 and ids[0] >= size else show(ids)
+    size, count, table = described["vocab_size"], described["count"], read_table(reader.path, described)
+
+    def named(ids: Any) -> str:
+        if len(ids) != 1 or ids[0] < size:
+            return show(ids)
+        given, index = divmod(int(ids[0]) - size, count)
+        shortest = min((show(each[None]) for each in table.members(index)), key=len)
+        return f"{'given ' * given}{shortest}…"
+
+    return named
 
 
 # --- the whole cache ------------------------------------------------------------------------------------

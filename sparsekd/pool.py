@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from sparsekd.codec import CODECS, CURVES, codec_spec
 from sparsekd.errors import MismatchError, RecipeError
 from sparsekd.flat import FlatTargets
 from sparsekd.making import copy_tokenizer
+from sparsekd.set_table import SetTable, joined, read_table, write_table
 
 
 def pool(
@@ -51,12 +52,15 @@ def pool(
         readers = [stack.enter_context(CacheReader(path)) for path in caches]
         for reader in readers:
             _check_same(readers[0], reader)
-        spec = _spec(readers, shares)
+        sets = _sets(readers)
+        spec = _spec(readers, shares, sets)
         writer = CacheWriter(out, spec)
         copy_tokenizer(Path(readers[0].path), Path(out))
+        if sets.table is not None:
+            write_table(sets.table, out)
         todo = writer.missing()
         for done, shard in enumerate(todo, 1):
-            writer.write(shard, [_pooled(readers, shares, row) for row in spec.shard_range(shard)])
+            writer.write(shard, [_pooled(readers, shares, sets, row) for row in spec.shard_range(shard)])
             if progress:
                 progress(done, len(todo))
         return writer.finalize()
@@ -90,28 +94,65 @@ def _meaning(spec: CacheSpec) -> dict[str, Any]:
     """What ids and rows mean; rows themselves are compared as they are read."""
     hash_ = str(spec.tokenizer.get("hash"))[:12]
     sets = (spec.data.get("transcoded") or {}).get("sets")
-    size = sets or spec.tokenizer.get("vocab_size")
+    size = sets["vocab_size"] if sets else spec.tokenizer.get("vocab_size")
     return {"tokenizer": hash_, "vocabulary": size, "rows": spec.rows, "seq_len": spec.seq_len}
 
 
-def _spec(readers: Sequence[CacheReader], shares: list[float]) -> CacheSpec:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Sets:
+    """The sets of several caches in one table: reader r's start at `first[r]` of it (see `set_table`).
+
+    Teachers of different tokenizers leave different sets open.
+    """
+
+    table: SetTable | None
+    counts: list[int]
+    first: list[int]
+
+    def ids(self, reader: int, ids: np.ndarray) -> np.ndarray:
+        """The ids of a cache as they are in the joint table."""
+        if self.table is None or not self.counts[reader]:
+            return ids
+        condition, index = np.divmod(ids.astype(np.int64) - self.table.vocab_size, self.counts[reader])
+        number = self.table.vocab_size + condition * len(self.table) + self.first[reader] + index
+        return np.where(ids < self.table.vocab_size, ids, number).astype(np.uint32)
+
+
+def _sets(readers: Sequence[CacheReader]) -> _Sets:
+    described = [(reader.spec.data.get("transcoded") or {}).get("sets") for reader in readers]
+    found: dict[str, SetTable] = {}
+    for reader, each in zip(readers, described, strict=True):
+        if each and each["sha256"] not in found:
+            found[each["sha256"]] = read_table(reader.path, each)
+    starts = dict(zip(found, np.cumsum([0, *map(len, found.values())]).tolist(), strict=False))
+    return _Sets(
+        table=joined(list(found.values())) if found else None,
+        counts=[each["count"] if each else 0 for each in described],
+        first=[starts[each["sha256"]] if each else 0 for each in described],
+    )
+
+
+def _spec(readers: Sequence[CacheReader], shares: list[float], sets: _Sets) -> CacheSpec:
     """The first cache's identity, with the samplers and teachers of all."""
     specs = [reader.spec for reader in readers]
-    widest = max(specs, key=lambda spec: spec.logit_width)
+    width = max(spec.logit_width for spec in specs) if sets.table is None else sets.table.width()
+    made = next((t for spec in specs if (t := spec.data.get("transcoded"))), None)
+    if made is not None and sets.table is not None:
+        made = made | {"sets": sets.table.described()}
     unbiased = all(spec.sampler.get("unbiased") for spec in specs)
     weights = "+".join(str(spec.teacher.get("weights"))[:12] for spec in specs)
     parts = [{"weight": s, "teacher": x.teacher, "sampler": x.sampler} for s, x in zip(shares, specs, strict=True)]
     return replace(
         specs[0],
-        logit_width=widest.logit_width,
-        codec=codec_spec("prob40", logit_width=widest.logit_width, rounds=None),
+        logit_width=width,
+        codec=codec_spec("prob40", logit_width=width, rounds=None),
         sampler={"name": "pool", "unbiased": unbiased, "parts": parts},
         teacher=specs[0].teacher | {"id": "+".join(str(x.teacher.get("id")) for x in specs), "weights": weights},
-        data=specs[0].data | ({"transcoded": t} if (t := widest.data.get("transcoded")) else {}),
+        data=specs[0].data | ({"transcoded": made} if made else {}),
     )
 
 
-def _pooled(readers: Sequence[CacheReader], shares: list[float], row: int) -> RowRecord:
+def _pooled(readers: Sequence[CacheReader], shares: list[float], sets: _Sets, row: int) -> RowRecord:
     records = [reader.record(row) for reader in readers]
     for reader, record in zip(readers, records, strict=True):
         if not np.array_equal(record.input_ids, records[0].input_ids):
@@ -119,7 +160,11 @@ def _pooled(readers: Sequence[CacheReader], shares: list[float], row: int) -> Ro
                 f"row {row} of {readers[0].path} and of {reader.path} are different text; capture both teachers from "
                 "rows that hold the same text, row by row"
             )
-    return replace(records[0], targets=mean_targets(records, shares), supervised=_union(records))
+    moved = [
+        replace(record, targets=replace(record.targets, ids=sets.ids(r, record.targets.ids)))
+        for r, record in enumerate(records)
+    ]
+    return replace(records[0], targets=mean_targets(moved, shares), supervised=_union(records))
 
 
 def _union(records: Sequence[RowRecord]) -> np.ndarray:

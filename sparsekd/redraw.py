@@ -1,245 +1,46 @@
 """Draws of a teacher rewritten into the student's vocabulary, one by one, so that an unbiased sample stays unbiased.
 
-For any map f of draws, E[f(p̂)] = f(p). Here f reads a drawn token's bytes after the student's word so far and takes the
-student's token that begins at the byte in question (see `retokenise.Context`). A draw has one of four fates:
+For any map f of draws, E[f(p̂)] = f(p); here f is what a draw is in the student's vocabulary (see `fates`). A draw that
+is OPEN stands for several of the student's tokens, and only the text that came says which. How that is told is one of
+`UNRESOLVED`:
 
-    DECIDED     the student's token ends inside the text, or no longer one begins with its bytes
-    OPEN        more text might make it a longer token; a realised draw goes on into the next position's draws
-    SHORT       the draw ends before the byte in question
-    REJECTED    it contradicts the student's tokens so far: other bytes, or other cuts; or it has no counterpart
+point, drop     The draw becomes the token as it stands, or nothing. A realised one first goes on into the next
+                position's draws, weights multiplied. Both are biased: towards short tokens, or away from open draws.
+set             With w the draws, p(w) their probability, C_w the student's tokens that an open w may become (see
+                `open_sets`; a decided one is its token) and r(v | w) the student's after w, the cross-entropy splits:
+
+                    - Σ_v p(v) log q(v)  =  - Σ_w p(w) log q(C_w)  -  Σ_w p(w) Σ_v r(v | w) log q(v) / q(C_w)
+
+                Draws estimate the first sum at every position. The second is an expectation over the w that come, and
+                the text is a sample of them: at each position the realised w* alone, if it is open, stands for it with
+                weight 1 (not the draw's share, which it has on average already). r(v | w*) are the draws at the next
+                position, brought to a sum of 1; those of them that are open are sets in turn, and so on, up to `chain`
+                times; then the text's own token. So no other labels are needed, and the sum is unbiased where the text
+                is the teacher's. Where it is not, q(C_w) is still the teacher's, and the inside of C_w the teacher's
+                after w*: weighing the insides by the text's frequencies changes no minimiser that both can reach.
 
 Shapes: M draws, V teacher vocabulary, P student positions.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .retokenise import Context, Contexts, Pair, cut_ids
-from .vocab_bytes import NEVER, with_prefix
+from .fates import OPEN, REJECTED, SHORT, Answers, answer, read_after
+from .open_sets import OpenSets
+from .retokenise import Context
 
 Array = NDArray[Any]
 
-REJECTED, SHORT, OPEN, DECIDED = range(4)
-_FATES = 4
-_WORD = re.compile(rb"(?:\A[^']?|[A-Za-z0-9] )[A-Za-z]*[A-Za-z]\Z", re.DOTALL)
-_LETTER = np.array([chr(byte).isascii() and chr(byte).isalpha() for byte in range(256)])
-_SIGN = np.array([not (chr(byte).isascii() and (chr(byte).isalnum() or chr(byte).isspace())) for byte in range(256)])
-_APOSTROPHE = ord("'")
-_NEXT = -2  # of a context without a draw: its text is used up, what follows decides
-# Answers kept at most; beyond, they are forgotten and found again. About 200 MB.
-MOST_ANSWERS = 2**23
-
-
-@dataclass(slots=True)
-class Memo:
-    """Integers by integer keys, as arrays: keys [M] ascending, values [M]."""
-
-    keys: Array = field(default_factory=lambda: np.zeros(0, np.int64))
-    values: Array = field(default_factory=lambda: np.zeros(0, np.int64))
-
-
-def find(memo: Memo, keys: Array, solve: Callable[[Array], Array]) -> Array:
-    """[M] the value of each key; `solve` gives those of new keys, which are remembered."""
-    unique, inverse = np.unique(keys, return_inverse=True)
-    values, known = np.zeros(len(unique), np.int64), np.zeros(len(unique), bool)
-    at = np.searchsorted(memo.keys, unique)
-    inside = at < len(memo.keys)
-    known[inside] = memo.keys[at[inside]] == unique[inside]
-    values[known] = memo.values[at[known]]
-    if not known.all():
-        values[~known] = solve(unique[~known])
-        if len(memo.keys) > MOST_ANSWERS:
-            memo.keys, memo.values = memo.keys[:0], memo.values[:0]
-        joined = np.concatenate([memo.keys, unique[~known]])
-        order = np.argsort(joined, kind="stable")
-        memo.keys, memo.values = joined[order], np.concatenate([memo.values, values[~known]])[order]
-    return values[inverse]
-
-
-@dataclass(slots=True)
-class Answers:
-    """What every (context, draw) that was asked for gave, so that it is encoded once. Never changes a result.
-
-    Attributes:
-        joined: context V + draw -> the student's token 4 + fate.
-        junctions: token V + token of the student's -> whether they stay apart when they meet inside a word.
-        plain: [V] what each draw is if nothing stands before it, as in `joined`.
-        known: per context what `Known` says, one array each.
-        first_byte: [V] of each of the teacher's tokens, -1 for control tokens.
-    """
-
-    pair: Pair
-    contexts: Contexts = field(default_factory=Contexts)
-    joined: Memo = field(default_factory=lambda: Memo())
-    junctions: Memo = field(default_factory=lambda: Memo())
-    plain: Array = field(init=False)
-    known: Array = field(default_factory=lambda: np.zeros((0, 5), np.int64))
-    first_byte: Array = field(init=False)
-
-    def __post_init__(self) -> None:
-        pieces = [*self.pair.teacher.of_id, *[None] * (len(self.pair.control) - len(self.pair.teacher.of_id))]
-        self.first_byte = np.array([-1 if not piece else piece[0] for piece in pieces])
-        self.plain = _solve(self, np.arange(len(pieces)))
-
-
-class Known(NamedTuple):
-    """What is known of a context without any draw.
-
-    Attributes:
-        alone: what it gives when nothing can join its text: -1 rejected, _NEXT (the draw decides), or a token.
-        last_byte: of a tail that ends a word if the draw does not go on with it; else -1.
-        wants: the byte that a draw must begin with, -1 for any.
-        before: the student's token that the tail ends with, -1 where there is none.
-        letters: 1 where the tail is a word of ASCII letters.
-    """
-
-    alone: int
-    last_byte: int
-    wants: int
-    before: int
-    letters: int
-
-
-def answer(answers: Answers, contexts: Array, draws: Array) -> tuple[Array, Array]:
-    """(fates [M], tokens [M]) of draws in their contexts (numbers of `answers.contexts`).
-
-    Most draws need not be read after their context. Where no token of the student's has the bytes on both sides of the
-    draw's beginning inside it, text and draw are cut apart. Where both are letters of one word, BPE cuts there iff the
-    two tokens that meet stay apart by themselves.
-    """
-    _learn_contexts(answers)
-    alone, last_byte, wants, before, letters = answers.known[contexts].T
-    begins = answers.first_byte[draws]
-    control = begins < 0
-    hopeless = ~control & (wants >= 0) & (wants != begins)
-    apart = control | ((last_byte >= 0) & ~answers.pair.crossed[last_byte, begins] & (wants < 0))
-    # A run of signs may be one word (".'s" is not cut as "'s" is), and so may "'d" of "'def" or "foo's".
-    apostrophe = (begins == _APOSTROPHE) | (last_byte == _APOSTROPHE)
-    apart &= control | ~(_SIGN[begins] & _SIGN[last_byte] | apostrophe)
-    inside = answers.pair.merges & ~apart & (letters > 0) & _LETTER[begins] & (wants < 0) & (alone != -1)
-    fates, tokens = np.zeros(len(draws), np.int64), np.zeros(len(draws), np.int64)
-    width = len(answers.pair.control)
-    whole = ~hopeless & (inside | (apart & ~control & (alone == _NEXT)))
-    tokens[whole], fates[whole] = np.divmod(answers.plain[draws[whole]], _FATES)
-    meets = np.flatnonzero(inside & ~hopeless)
-    stays = _stay_apart(answers, before[meets], tokens[meets]) & (fates[meets] != REJECTED)
-    fates[meets[~stays]] = REJECTED
-    done = ~hopeless & (alone >= 0) & apart
-    done[meets[stays]] = alone[meets[stays]] >= 0
-    fates[done], tokens[done] = DECIDED, alone[done]
-    ends = control & (alone == _NEXT)
-    theirs = answers.pair.control[draws[ends]]
-    fates[ends], tokens[ends] = np.where(theirs >= 0, DECIDED, REJECTED), theirs.clip(0)
-    ask = ~hopeless & ~apart & ~inside
-    ask[meets[~stays]] = alone[meets[~stays]] >= 0  # the token became another one
-    joined = find(answers.joined, contexts[ask] * width + draws[ask], lambda keys: _solve(answers, keys))
-    tokens[ask], fates[ask] = np.divmod(joined, _FATES)
-    return fates, tokens
-
-
-def _stay_apart(answers: Answers, before: Array, after: Array) -> Array:
-    """[M] bool: whether the student cuts the bytes of two of its tokens back into the two."""
-    pair, of_id = answers.pair, answers.pair.student.of_id
-    size = len(of_id)
-
-    def solve(keys: Array) -> Array:
-        both = [divmod(key, size) for key in keys.tolist()]
-        found = cut_ids([(of_id[a] or b"") + (of_id[b] or b"") for a, b in both], pair)
-        return np.array([ids == [a, b] for ids, (a, b) in zip(found, both, strict=True)], np.int64)
-
-    return find(answers.junctions, before * size + after, solve) > 0
-
-
-def _learn_contexts(answers: Answers) -> None:
-    """What new contexts give by themselves."""
-    new = answers.contexts.all[len(answers.known) :]
-    if new:
-        texts = list({context.tail for context in new})
-        cut = dict(zip(texts, cut_ids(texts, answers.pair), strict=True))
-        found = [_know(context, cut[context.tail], answers.pair) for context in new]
-        answers.known = np.concatenate([answers.known, np.array(found, np.int64)])
-
-
-def _know(context: Context, ids: list[int] | None, pair: Pair) -> Known:
-    tail, head, cuts, opens = context
-    begin, alone = len(head), -1
-    if ids is not None and begin <= len(tail) and tail[:begin] == head:
-        token = _token_at(ids, cuts, pair)
-        alone = -1 if token is None else _NEXT if begin == len(tail) else token
-    ends_word = bool(tail) and not tail[-1:].isspace()
-    return Known(
-        alone=alone,
-        last_byte=tail[-1] if ends_word else -1,
-        wants=head[len(tail)] if begin > len(tail) and not opens else -1,
-        before=ids[-1] if ids else -1,
-        letters=int(ids is not None and _ends_in_letters(tail, pair)),
-    )
-
-
-def _ends_in_letters(tail: bytes, pair: Pair) -> bool:
-    """Whether the word that the tail ends with is one of ASCII letters, perhaps behind one other byte."""
-    found = _WORD.search(tail)
-    return found is not None and (found.start() == 0 or not pair.crossed[tail[found.start()], 32])
-
-
-def _solve(answers: Answers, keys: Array) -> Array:
-    """[M] token * 4 + fate of draws that nobody asked for before."""
-    pair, values = answers.pair, np.full(len(keys), REJECTED, np.int64)
-    of_id, asked = pair.teacher.of_id, []
-    for n, (number, draw) in enumerate(
-        zip(*(part.tolist() for part in np.divmod(keys, len(pair.control))), strict=True)
-    ):
-        context, piece = answers.contexts.all[number], of_id[draw]
-        text = read_after(context, piece or b"", pair)
-        if text is None:
-            continue
-        size = min(len(text), len(context.head))
-        if text[:size] != context.head[:size]:
-            continue
-        if len(text) <= len(context.head):
-            values[n] = SHORT
-        else:
-            asked.append((n, context, text))
-    texts = list(dict.fromkeys(text for _, _, text in asked))
-    cut = dict(zip(texts, cut_ids(texts, pair), strict=True))
-    for n, context, text in asked:
-        ids = cut[text]
-        token = None if ids is None else _token_at(ids, context.cuts, pair)
-        if token is not None and token >= 0:
-            ends = len(context.head) + int(pair.lengths[token]) == len(text)
-            values[n] = token * _FATES + (OPEN if ends and pair.extends[token] else DECIDED)
-    return values
-
-
-def read_after(context: Context, piece: bytes, pair: Pair) -> bytes | None:
-    """What the student reads when a draw follows a context; None where no text begins with such a draw."""
-    if not context.opens:
-        return context.tail + piece
-    if pair.teacher.prefix == NEVER:
-        return with_prefix(piece, pair.student)
-    return with_prefix(piece[1:], pair.student) if piece.startswith(b" ") else None
-
-
-def _token_at(ids: list[int], cuts: tuple[int, ...], pair: Pair) -> int | None:
-    """The token after the last cut, -1 where the text ends there; None unless the tokens before end at the cuts."""
-    if len(ids) < len(cuts):
-        return None
-    reached, lengths = 0, pair.lengths
-    for token, cut in zip(ids, cuts, strict=False):
-        reached += int(lengths[token])
-        if reached != cut:
-            return None
-    return ids[len(cuts)] if len(ids) > len(cuts) else -1
-
-
-# --- positions ------------------------------------------------------------------------------------------
+# Two sums of weights that differ by less are equal: they were added up in another order.
+_ROUNDING = 1e-12
+MASSES = ("accepted", "rejected", "short", "open", "dropped", "label")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -260,13 +61,29 @@ class Draws:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Places:
+    """P student positions.
+
+    Attributes:
+        source: [P] the teacher token whose draws speak about each, or -1.
+        context: [P] what its draws are read after, a number of `Answers.contexts`.
+        labels: [P] the student's token that is there, or -1 where the text does not tell its end (a row's last one).
+    """
+
+    source: Array
+    context: Array
+    labels: Array
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Rewritten:
     """Weighted student tokens of P positions, [M] entries by position and token, and what became of their mass.
 
     Attributes:
-        position, token, weight: [M]; the weights of a position sum to what its draws summed to.
-        masses: {"accepted", "rejected", "short", "open", "dropped"}: [P] float64; accepted + rejected + short +
-            dropped = the sum of the draws.
+        position, token, weight: [M]; ids from the vocabulary's size on are sets and given sets, see `prefix_sets`. The
+            weights of a position, those of given sets subtracted, sum to what its draws summed to.
+        masses: of each of `MASSES` [P] float64; accepted + rejected + short + dropped = the sum of the draws; open is
+            the part of them that `unresolved` treats, label that at positions which learn the text's own token instead.
     """
 
     position: Array
@@ -275,46 +92,104 @@ class Rewritten:
     masses: dict[str, Array]
 
 
-def rewrite(
-    draws: Draws, source: Array, context: Array, answers: Answers, *, chain: int, unresolved: str = "point"
-) -> Rewritten:
-    """The draws for `source` [P] in their contexts [P], in the student's vocabulary; source -1 has none.
+def rewrite(draws: Draws, places: Places, answers: Answers, *, chain: int, unresolved: str = "point") -> Rewritten:
+    """The draws for some places in the student's vocabulary; `chain` and `unresolved` as at the head of this file."""
+    return UNRESOLVED[unresolved](draws, places, answers, chain)
 
-    A realised draw that is OPEN goes on into the next teacher token's draws, up to `chain` times, weights multiplied.
-    What is OPEN at the end is treated as `unresolved` says, a name of `UNRESOLVED`.
-    """
-    count = len(source)
-    spoken = np.flatnonzero(source >= 0)
-    at, where, how, factor = spoken, source[spoken], context[spoken], np.ones(len(spoken))
-    kept: list[tuple[Array, ...]] = []
-    masses = {name: np.zeros(count) for name in ("accepted", "rejected", "short", "open", "dropped")}
-    for left in range(chain, -1, -1):
-        item, entries = _entries(draws, where)
-        ids, weight = draws.ids[entries], draws.weights[entries] * factor[item]
-        fates, tokens = answer(answers, how[item], ids)
-        position = at[item]
-        goes_on = (fates == OPEN) & (ids == draws.realised[where[item]]) & (left > 0)
-        goes_on &= _has_draws(draws, draws.following[where[item]])
-        for name, fate in (("rejected", REJECTED), ("short", SHORT)):
-            masses[name] += np.bincount(position[fates == fate], weight[fates == fate], count)
-        stays = (fates >= OPEN) & ~goes_on
-        kept.append((position[stays], tokens[stays], weight[stays], fates[stays] == OPEN))
-        if not goes_on.any():
-            break
-        following = draws.following[where[item][goes_on]]
-        how = _further(answers, how[item][goes_on], ids[goes_on])
-        factor = weight[goes_on] / _sums(draws, following)
-        at, where = position[goes_on], following
-    found = Entries(*(np.concatenate(parts) for parts in zip(*kept, strict=True)))
-    return _joined(found, UNRESOLVED[unresolved](found, len(answers.pair.student.of_id)), masses, count)
+
+class Layer(NamedTuple):
+    """Positions that draws are read for: each item's position, teacher token and context."""
+
+    position: Array
+    where: Array
+    context: Array
+
+
+class Seen(NamedTuple):
+    """The draws of a layer's items, [M]: of which item, id, weight, and what they are in the student's vocabulary."""
+
+    item: Array
+    ids: Array
+    weight: Array
+    fates: Array
+    tokens: Array
+
+
+def _first_layer(places: Places) -> Layer:
+    spoken = np.flatnonzero(places.source >= 0)
+    return Layer(spoken, places.source[spoken], places.context[spoken])
+
+
+def _look(draws: Draws, layer: Layer, answers: Answers) -> Seen:
+    item, entries = _entries(draws, layer.where)
+    ids = draws.ids[entries]
+    return Seen(item, ids, draws.weights[entries], *answer(answers, layer.context[item], ids))
+
+
+def _next_layer(draws: Draws, layer: Layer, items: Array, answers: Answers) -> Layer:
+    """What follows some of a layer's items (indices or a mask), after what came there."""
+    where, context = layer.where[items], layer.context[items]
+    width = len(answers.pair.control)
+    keys, inverse = np.unique(context * width + draws.realised[where], return_inverse=True)
+    numbers = []
+    for number, draw in zip(*(part.tolist() for part in np.divmod(keys, width)), strict=True):
+        before = answers.contexts.all[number]
+        tail = read_after(before, answers.pair.teacher.of_id[draw] or b"", answers.pair)
+        numbers.append(answers.contexts.number(Context(tail or b"", before.head, before.cuts)))
+    return Layer(layer.position[items], draws.following[where], np.array(numbers, np.int64)[inverse])
 
 
 def _entries(draws: Draws, where: Array) -> tuple[Array, Array]:
-    """(item [M], entry [M]): the draws of each of some teacher tokens."""
-    sizes = draws.sizes[where]
+    """(item [M], entry [M]): the draws of each of some teacher tokens; -1 has none."""
+    sizes = np.where(where >= 0, draws.sizes[where], 0)
     ends = np.cumsum(sizes)
     item = np.repeat(np.arange(len(where)), sizes)
     return item, np.repeat(draws.first[where] - (ends - sizes), sizes) + np.arange(int(sizes.sum()))
+
+
+def _no_masses(count: int) -> dict[str, Array]:
+    return {name: np.zeros(count) for name in MASSES}
+
+
+def _add_lost(masses: dict[str, Array], position: Array, fates: Array, weight: Array) -> None:
+    for name, fate in (("rejected", REJECTED), ("short", SHORT)):
+        masses[name] += np.bincount(position[fates == fate], weight[fates == fate], len(masses[name]))
+
+
+class Entries(NamedTuple):
+    """Weighted student tokens [M] of positions, and whether more text might have made a longer token of each."""
+
+    position: Array
+    token: Array
+    weight: Array
+    still_open: Array
+
+
+# --- one token for a draw: point, drop --------------------------------------------------------------------
+
+
+def _as_tokens(
+    treat: Callable[[Entries], Entries], draws: Draws, places: Places, answers: Answers, chain: int
+) -> Rewritten:
+    """A realised draw that is open goes on, up to `chain` times; what is open at the end is treated by `treat`."""
+    count = len(places.source)
+    layer, masses = _first_layer(places), _no_masses(count)
+    factor = np.ones(len(layer.where))
+    kept: list[Entries] = []
+    for left in range(chain, -1, -1):
+        seen = _look(draws, layer, answers)
+        position, weight = layer.position[seen.item], seen.weight * factor[seen.item]
+        goes_on = (seen.fates == OPEN) & (seen.ids == draws.realised[layer.where[seen.item]]) & (left > 0)
+        goes_on &= _has_draws(draws, draws.following[layer.where[seen.item]])
+        _add_lost(masses, position, seen.fates, weight)
+        stays = (seen.fates >= OPEN) & ~goes_on
+        kept.append(Entries(position[stays], seen.tokens[stays], weight[stays], seen.fates[stays] == OPEN))
+        if not goes_on.any():
+            break
+        layer = _next_layer(draws, layer, seen.item[goes_on], answers)
+        factor = weight[goes_on] / _sums(draws, layer.where)
+    found = _together(kept)
+    return _joined(found, treat(found), masses)
 
 
 def _has_draws(draws: Draws, tokens: Array) -> Array:
@@ -326,33 +201,18 @@ def _sums(draws: Draws, where: Array) -> Array:
     return np.bincount(item, draws.weights[entries], len(where))
 
 
-def _further(answers: Answers, contexts: Array, draws: Array) -> Array:
-    """The contexts in which the draws after a realised draw are read."""
-    width = len(answers.pair.control)
-    keys, inverse = np.unique(contexts * width + draws, return_inverse=True)
-    numbers = []
-    for number, draw in zip(*(part.tolist() for part in np.divmod(keys, width)), strict=True):
-        before = answers.contexts.all[number]
-        tail = read_after(before, answers.pair.teacher.of_id[draw] or b"", answers.pair)
-        numbers.append(answers.contexts.number(Context(tail or b"", before.head, before.cuts)))
-    return np.array(numbers, np.int64)[inverse]
-
-
-def _joined(entries: Entries, treated: Entries, masses: dict[str, Array], count: int) -> Rewritten:
+def _joined(entries: Entries, treated: Entries, masses: dict[str, Array]) -> Rewritten:
     """Entries of one position and token added up, and every position brought back to the sum it had."""
+    count = len(masses["open"])
     masses["open"] = np.bincount(entries.position, entries.weight * entries.still_open, count)
     treated = _added_up(treated)
     masses["accepted"] = np.bincount(treated.position, treated.weight, count)
     masses["dropped"] = (np.bincount(entries.position, entries.weight, count) - masses["accepted"]).clip(0)
-    masses["dropped"][masses["dropped"] < 1e-12] = 0  # two sums in another order
+    masses["dropped"][masses["dropped"] < _ROUNDING] = 0
     lost = masses["rejected"] + masses["short"] + masses["dropped"]
     scale = (masses["accepted"] + lost) / np.where(masses["accepted"] > 0, masses["accepted"], 1)
-    return Rewritten(
-        position=treated.position,
-        token=treated.token,
-        weight=treated.weight * scale[treated.position],
-        masses=masses,
-    )
+    weight = treated.weight * scale[treated.position]
+    return Rewritten(position=treated.position, token=treated.token, weight=weight, masses=masses)
 
 
 def _added_up(entries: Entries) -> Entries:
@@ -365,32 +225,104 @@ def _added_up(entries: Entries) -> Entries:
     return Entries(sorted_.position[firsts], sorted_.token[firsts], sums, sorted_.still_open[firsts])
 
 
-# --- what more text might have made another token ---------------------------------------------------------
-
-
-class Entries(NamedTuple):
-    """Weighted student tokens [M] of positions, and whether more text might have made a longer token of each."""
-
-    position: Array
-    token: Array
-    weight: Array
-    still_open: Array
-
-
-def _as_points(entries: Entries, size: int) -> Entries:
+def _as_points(entries: Entries) -> Entries:
     """The token as it stands: biased towards short tokens."""
-    return entries._replace(still_open=np.zeros(len(entries.token), bool))
+    return entries
 
 
-def _dropped(entries: Entries, size: int) -> Entries:
+def _dropped(entries: Entries) -> Entries:
     """Left out; what is left of the position takes its weight."""
     return Entries(*(part[~entries.still_open] for part in entries))
 
 
-def _as_sets(entries: Entries, size: int) -> Entries:
-    """The set of all tokens that begin with the token's bytes, written as an id from `size` on: see `prefix_sets`."""
-    token = entries.token + np.where(entries.still_open, size, 0)
-    return entries._replace(token=token, still_open=np.zeros(len(token), bool))
+# --- sets, and what lies inside the realised one ----------------------------------------------------------
 
 
-UNRESOLVED: dict[str, Callable[[Entries, int], Entries]] = {"point": _as_points, "drop": _dropped, "set": _as_sets}
+def _as_sets(draws: Draws, places: Places, answers: Answers, chain: int) -> Rewritten:
+    """The sum at the head of this file, one level after another; inside a set only what lies inside it counts."""
+    sets, masses = answers.sets, _no_masses(len(places.source))
+    layer = _first_layer(places)
+    layer = Layer(*(part[_has_draws(draws, layer.where)] for part in layer))
+    known = np.full(len(layer.where), -1)  # the set that each item's token is known to lie in; -1 any
+    kept: list[Entries] = []
+    for level in range(chain + 1):
+        seen, labels, count = _look(draws, layer, answers), places.labels[layer.position], len(layer.where)
+        fine, token = _inside(sets, known[seen.item], seen.ids, seen.fates, seen.tokens)
+        realised = draws.realised[layer.where]
+        fates, tokens = answer(answers, layer.context, realised)
+        agrees = _inside(sets, known, realised, fates, tokens)[0] & _comes_to(sets, labels, realised, fates, tokens)
+        accepted = np.bincount(seen.item[fine], seen.weight[fine], count)
+        spoken = (accepted > 0) & (agrees | (labels < 0))
+        total: Array = np.ones(count)
+        if not level:
+            total = np.bincount(seen.item, seen.weight, count)
+            _count_masses(masses, layer.position, seen, realised, spoken)
+        told = fine & spoken[seen.item]
+        weight = seen.weight * (total / np.where(spoken, accepted, 1))[seen.item]
+        kept.append(_closed(layer.position[seen.item][told], token[told], weight[told]))
+        silent = ~spoken & (labels >= 0)
+        kept.append(_closed(layer.position[silent], labels[silent], total[silent]))
+        kept.append(_given(layer.position, known, sets))
+        goes_on = spoken & agrees & (fates == OPEN)
+        layer, known = _next_layer(draws, layer, goes_on, answers), sets.of(realised, tokens)[goes_on]
+        if not len(known):
+            break
+    kept.append(_closed(layer.position, places.labels[layer.position], np.ones(len(known))))
+    kept.append(_given(layer.position, known, sets))
+    return _netted(kept, masses, sets)
+
+
+def _comes_to(sets: OpenSets, labels: Array, draws: Array, fates: Array, tokens: Array) -> Array:
+    """[M] bool: whether the text's own token is one of those that a draw leaves."""
+    inside: Array = (labels == tokens) | ((fates == OPEN) & sets.holds(sets.of(draws, tokens), labels))
+    return (labels >= 0) & inside
+
+
+def _inside(sets: OpenSets, known: Array, draws: Array, fates: Array, tokens: Array) -> tuple[Array, Array]:
+    """(whether each draw is told and lies in the known set, its id: a token or a set)."""
+    open_, size = fates == OPEN, sets.table.vocab_size
+    found = np.where(open_, sets.of(draws, tokens), 0)
+    inside = np.where(open_, sets.holds_set(known, found), sets.holds(known, tokens))
+    return (fates >= OPEN) & inside, np.where(open_, found + size, tokens)
+
+
+def _count_masses(masses: dict[str, Array], position: Array, seen: Seen, realised: Array, spoken: Array) -> None:
+    where, count = position[seen.item], len(masses["open"])
+    _add_lost(masses, where, seen.fates, seen.weight)
+    fine = seen.fates >= OPEN
+    untold = fine & (seen.fates == OPEN) & (seen.ids != realised[seen.item])
+    masses["accepted"] = np.bincount(where[fine], seen.weight[fine], count)
+    masses["open"] = np.bincount(where[untold], seen.weight[untold], count)
+    masses["label"] = np.bincount(where, seen.weight * ~spoken[seen.item], count)
+
+
+def _closed(position: Array, token: Array, weight: Array) -> Entries:
+    return Entries(position, token, weight, np.zeros(len(token), bool))
+
+
+def _given(position: Array, known: Array, sets: OpenSets) -> Entries:
+    """-1 on sets that are known: what is learnt beside it is conditional on them."""
+    some = known >= 0
+    return _closed(position[some], known[some] + sets.table.vocab_size, np.full(int(some.sum()), -1.0))
+
+
+def _together(kept: list[Entries]) -> Entries:
+    return Entries(*(np.concatenate(parts) for parts in zip(*kept, strict=True)))
+
+
+def _netted(kept: list[Entries], masses: dict[str, Array], sets: OpenSets) -> Rewritten:
+    """Entries of one token added up; a set with less than nothing left is a condition."""
+    found = _added_up(_together(kept))
+    found = Entries(*(part[np.abs(found.weight) > _ROUNDING] for part in found))
+    token = found.token + len(sets.table) * (found.weight < 0)
+    order = np.lexsort((token, found.position))
+    return Rewritten(
+        position=found.position[order], token=token[order], weight=np.abs(found.weight)[order], masses=masses
+    )
+
+
+UNRESOLVED: dict[str, Callable[[Draws, Places, Answers, int], Rewritten]] = {
+    "point": partial(_as_tokens, _as_points),
+    "drop": partial(_as_tokens, _dropped),
+    "set": _as_sets,
+}

@@ -47,9 +47,8 @@ class Pair:
     """Two tokenizers, and what a map between them needs.
 
     Attributes:
-        backend: the student's, as `plain_backend` gives it.
+        backend, teachers: the student's and the teacher's, as `plain_backend` gives them.
         control: [V] int64, the student's id for a control token of the teacher's (by role, else by its string), or -1.
-        extends: [student's V] bool, whether a longer token begins with this one's bytes.
         same: [V] int64 ids where the two differ in numbering only, else None.
         lengths: [student's V] int64 bytes.
         short: the student's tokens of at most 3 bytes: what bytes that are no text (half a character) become.
@@ -60,8 +59,8 @@ class Pair:
     teacher: VocabBytes
     student: VocabBytes
     backend: Any
+    teachers: Any
     control: np.ndarray
-    extends: np.ndarray
     same: np.ndarray | None
     lengths: np.ndarray
     short: dict[bytes, int]
@@ -134,11 +133,11 @@ def pair_of(teacher: Any, student: Any, logit_width: int | None = None) -> Pair:
         teacher=of_teacher,
         student=of_student,
         backend=plain_backend(student),
+        teachers=plain_backend(teacher),
         control=_control(of_teacher, of_student, width),
-        extends=extendable(of_student.of_id),
         same=_renumbering(teacher, student, width),
         lengths=of_student.lengths(),
-        short={piece: token for token, piece in enumerate(of_student.of_id) if piece and len(piece) <= 3},
+        short=_short(of_student),
         crossed=crossed_bytes(of_student.of_id),
         merges=cuts_by_merges(student),
     )
@@ -154,11 +153,8 @@ def _control(teacher: VocabBytes, student: VocabBytes, width: int) -> np.ndarray
     return control
 
 
-def extendable(of_id: Sequence[bytes | None]) -> np.ndarray:
-    """[V] bool: whether some token's bytes are longer and begin with this one's."""
-    pieces = sorted({piece for piece in of_id if piece})
-    longer = {a for a, b in pairwise(pieces) if b.startswith(a)}
-    return np.array([piece in longer for piece in of_id])
+def _short(vocabulary: VocabBytes) -> dict[bytes, int]:
+    return {piece: token for token, piece in enumerate(vocabulary.of_id) if piece and len(piece) <= 3}
 
 
 def crossed_bytes(of_id: Sequence[bytes | None]) -> np.ndarray:
@@ -253,12 +249,25 @@ def cut_texts(texts: Sequence[bytes], pair: Pair) -> list[Cut]:
 
 def cut_ids(texts: Sequence[bytes], pair: Pair) -> list[list[int] | None]:
     """The student's tokens of each text; None for a text that does not come back from them."""
+    return _cut_ids(texts, pair.backend, pair.student, pair.short)
+
+
+def teachers_cuts(pair: Pair) -> list[list[int] | None]:
+    """The teacher's tokens of the text of each of the student's tokens; None: no text, or it does not come back."""
+    texts = [piece or b"" for piece in pair.student.of_id]
+    cuts = _cut_ids(texts, pair.teachers, pair.teacher, _short(pair.teacher))
+    return [cut if text else None for text, cut in zip(texts, cuts, strict=True)]
+
+
+def _cut_ids(
+    texts: Sequence[bytes], backend: Any, vocabulary: VocabBytes, short: dict[bytes, int]
+) -> list[list[int] | None]:
     runs = [list(valid_runs(text)) for text in texts]
-    encodings = iter(encode_texts(pair.backend, [run.decode() for each in runs for run, fine in each if fine]))
+    encodings = iter(encode_texts(backend, [run.decode() for each in runs for run, fine in each if fine]))
     found: list[list[int] | None] = []
     for text, several in zip(texts, runs, strict=True):
-        ids = [token for run, fine in several for token in (next(encodings).ids if fine else _greedy(run, pair.short))]
-        found.append(ids if -1 not in ids and text_of(ids, pair.student) == text else None)
+        ids = [token for run, fine in several for token in (next(encodings).ids if fine else _greedy(run, short))]
+        found.append(ids if -1 not in ids and text_of(ids, vocabulary) == text else None)
     return found
 
 

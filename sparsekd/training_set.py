@@ -15,7 +15,7 @@ from sparsekd.errors import MismatchError, RecipeError, SourceError
 from sparsekd.overlay import OverlaidRows
 from sparsekd.packed import RowsReader
 from sparsekd.prefix_sets import PrefixSets
-from sparsekd.vocab_bytes import prefix_ranges, vocabulary_bytes
+from sparsekd.set_table import read_table
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,7 +74,8 @@ def _from_cache(cache: str, normalize: bool | None, allow_misaligned: bool) -> T
     reader.close()  # data loader workers open files of their own
     spec = reader.spec
     fingerprint = spec.data.get("fingerprint")
-    sets = set_offset(reader)
+    described = sets_of(reader)
+    sets = described["vocab_size"] if described else None
     return TrainingSet(
         rows=reader,
         home=Path(cache),
@@ -87,26 +88,24 @@ def _from_cache(cache: str, normalize: bool | None, allow_misaligned: bool) -> T
     )
 
 
-def set_offset(rows: CacheReader | Any) -> int | None:
-    """The student's vocabulary size in a transcoded cache whose ids from there on are sets of tokens; else None."""
+def sets_of(rows: CacheReader | Any) -> dict[str, Any] | None:
+    """What a transcoded cache whose ids may stand for sets of tokens says of them (see `set_table`); else None."""
     made = rows.spec.data.get("transcoded") if isinstance(rows, CacheReader) else None
     return made.get("sets") if made else None
 
 
 def open_prefix_sets(data: TrainingSet) -> PrefixSets | None:
-    """The sets that the cache's ids may stand for, from its own tokenizer's bytes.
+    """The sets that the cache's ids may stand for, or None.
 
     Raises:
-        MismatchError: the cache carries no tokenizer, or another one.
+        SourceError, MismatchError, FormatError: the cache has no table of them, or another one.
     """
-    size = set_offset(data.rows)
-    if size is None:
+    described = sets_of(data.rows)
+    if described is None or not isinstance(data.rows, CacheReader):
         return None
-    found = open_tokenizer(str(data.home / "tokenizer"), data)
-    pieces = vocabulary_bytes(found).of_id
-    ranges = prefix_ranges([*pieces, *[None] * (size - len(pieces))])
-    order, first, last = (torch.from_numpy(each) for each in ranges)
-    return PrefixSets(order=order, first=first, last=last)
+    table = read_table(data.rows.path, described)
+    order, first, last = (torch.from_numpy(each) for each in (table.order, table.first, table.last))
+    return PrefixSets(vocab_size=table.vocab_size, order=order, first=first, last=last)
 
 
 def _check_misaligned(cache: str, reader: CacheReader, allowed: bool) -> None:

@@ -22,12 +22,14 @@ from sparsekd.cache import CacheReader, CacheSpec, CacheWriter, RowRecord
 from sparsekd.checks import check_at_least
 from sparsekd.codec import CODECS, CURVES, codec_spec, encode_row
 from sparsekd.errors import MismatchError, RecipeError, SourceError
+from sparsekd.fates import Answers
 from sparsekd.files import canonical_json, is_url
 from sparsekd.making import parse_shard_range
 from sparsekd.manifest import shard_name
 from sparsekd.order import permute
-from sparsekd.redraw import UNRESOLVED, Answers
+from sparsekd.redraw import UNRESOLVED
 from sparsekd.retokenise import pair_of, retokenise
+from sparsekd.set_table import SetTable, write_table
 from sparsekd.transcoding import (
     CHUNK_TOKENS,
     Settings,
@@ -37,6 +39,9 @@ from sparsekd.transcoding import (
     without_padding,
 )
 
+# Positions that a realised draw is followed, by `unresolved`. Inside sets the text's own tokens are the default: a
+# teacher that knows its text less well than the student's tokenizer does underrates the joints (docs/LOG.md).
+CHAIN = {"point": 3, "drop": 3, "set": 0}
 # Rows that seq_len is chosen from, and that the survey counts.
 SURVEY_ROWS = 256
 
@@ -57,7 +62,7 @@ def transcode(
     tokenizer: str,
     out: str | Path | None = None,
     unresolved: str = "point",
-    chain: int = 3,
+    chain: int | None = None,
     seq_len: int | None = None,
     workers: int = 1,
     shard_range: str | None = None,
@@ -75,9 +80,10 @@ def transcode(
         tokenizer: the student's, a folder or an id: byte-level BPE or SentencePiece (BPE, Unigram).
         out: the folder that takes the new cache.
         unresolved: what becomes of a draw that more text might make a longer token: point (the token as it stands) or
-            drop (left out, the position's other draws take its weight) or set (all tokens that begin with its bytes:
-            `train` then takes the loss of prefix_sets; give it ce_weight=0.5, for labels tell sets' tokens apart).
-        chain: how many positions a realised draw is followed to resolve it.
+            drop (left out, the position's other draws take its weight) or set (all tokens that it may become; which of
+            them it is, the realised draw and the text tell: see `redraw`. `train` then takes the loss of prefix_sets).
+        chain: how many positions a realised draw is followed to resolve it; default: 3, with sets 0: what is inside the
+            realised draw's set is then told by the text's own token, else by the teacher's next draws.
         seq_len: tokens of a new row; default: the longest of some rows, so that next to nothing is cut.
         workers: processes.
         shard_range: "a:b" makes only the shards a .. b-1.
@@ -94,9 +100,10 @@ def transcode(
     """
     check_at_least(1, workers=workers)
     check_at_least(2, seq_len=seq_len)
-    check_at_least(0, chain=chain)
     if unresolved not in UNRESOLVED:
         raise RecipeError(f"unresolved={unresolved!r} is not one of {', '.join(UNRESOLVED)}")
+    chain = CHAIN[unresolved] if chain is None else chain
+    check_at_least(0, chain=chain)
     if out is None and not dry_run:
         raise RecipeError("transcode needs out=FOLDER, or dry_run=true to see what it would cost")
     words = (str(cache), tokenizer, unresolved, chain, seq_len)
@@ -108,6 +115,8 @@ def transcode(
         return result
     writer = CacheWriter(out, job.spec)
     vocab.load_tokenizer(tokenizer).save_pretrained(Path(out) / "tokenizer")
+    if "sets" in job.spec.data["transcoded"]:
+        write_table(job.answers.sets.table, out)
     todo = writer.missing(parse_shard_range(shard_range, job.spec.shards))
     for done, _ in enumerate(_made(words, str(out), todo, workers), 1):
         if progress:
@@ -164,7 +173,8 @@ def open_job(cache: str, tokenizer: str, unresolved: str, chain: int, seq_len: i
     answers = Answers(pair=pair)
     size = reader.spec.seq_len if pair.same is not None else seq_len or _seq_len(reader, answers)
     settings = Settings(seq_len=size, unresolved=unresolved, chain=chain)
-    spec = _spec(reader.spec, student, settings, renumbers=pair.same is not None)
+    has_sets = unresolved == "set" and pair.same is None
+    spec = _spec(reader.spec, student, settings, answers.sets.table if has_sets else None, pair.same is not None)
     return Job(reader=reader, answers=answers, settings=settings, spec=spec)
 
 
@@ -196,7 +206,7 @@ def _survey_rows(reader: CacheReader) -> list[int]:
     return sorted(permute(np.arange(min(SURVEY_ROWS, count)), count, seed=0).tolist())
 
 
-def _spec(spec: CacheSpec, student: Any, settings: Settings, *, renumbers: bool) -> CacheSpec:
+def _spec(spec: CacheSpec, student: Any, settings: Settings, sets: SetTable | None, renumbers: bool) -> CacheSpec:
     """The new cache's identity: its rows are no longer those that were packed, and it says what was done to them."""
     bos, eos = vocab.document_ends(student)
     size = vocab.vocab_size(student)
@@ -204,9 +214,8 @@ def _spec(spec: CacheSpec, student: Any, settings: Settings, *, renumbers: bool)
     made = {"from_tokenizer": spec.tokenizer.get("name"), "from_fingerprint": spec.data.get("fingerprint")}
     if not renumbers:
         made |= {"unresolved": settings.unresolved, "chain": settings.chain}
-    has_sets = settings.unresolved == "set" and not renumbers
-    width = 2 * size if has_sets else size
-    made |= {"sets": size} if has_sets else {}
+    width = size if sets is None else sets.width()
+    made |= {} if sets is None else {"sets": sets.described()}
     rows = [spec.data.get("fingerprint"), spec.rows, spec.seq_len, described["hash"], settings.seq_len]
     return CacheSpec(
         rows=spec.rows,
@@ -244,7 +253,8 @@ def survey(job: Job) -> dict[str, Any]:
 
     shared_starts, identical_spans: of the student's tokens, those that start where (cover what) a teacher's token does.
     covered: of the positions, those that get targets. accepted, rejected, short, dropped: of the draws' mass, where
-    there is any; open: what is decided by `unresolved`. noise: variance of a target over that of the same number of
+    there is any; open: what is decided by `unresolved`; label: at positions that learn the text's token instead, which
+    no draw leads to. noise: variance of a target over that of the same number of
     draws that nothing is rejected of. cut: tokens beyond seq_len. lost: tokens of text that does not come back.
     padding: of the rows. bytes_per_token, tokens_per_teacher_token, and what the cache had: from_bytes_per_token.
     """
@@ -257,7 +267,7 @@ def survey(job: Job) -> dict[str, Any]:
         return {"same": True, "seq_len": job.settings.seq_len, "from_bytes_per_token": spent, "bytes_per_token": spent}
     counts = sum_counts([found for _, found in parts])
     tokens, spoken = max(counts["student_tokens"], 1), max(counts["spoken"], 1)
-    shares = {name: counts[name] / spoken for name in ("accepted", "rejected", "short", "dropped", "open")}
+    shares = {name: counts[name] / spoken for name in ("accepted", "rejected", "short", "dropped", "open", "label")}
     return {
         "same": False,
         "rows": len(rows),

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from .fates import Answers
 from .flat import FlatTargets
 from .folder import RowRecord
-from .redraw import Answers, Draws, Rewritten, rewrite
+from .redraw import Draws, Places, Rewritten, rewrite
 from .retokenise import Pair, StudentRow, retokenise
 
 # Rows that are rewritten together, in teacher tokens: enough to encode in batches, little enough to keep in memory.
@@ -53,8 +54,8 @@ def transcode_records(
 
     Returns:
         The rows, and `StudentRow.counts` with: positions (student tokens that follow another in their row), covered
-        (those with targets), cut (tokens beyond seq_len), accepted, rejected, short, open, dropped (mean masses times
-        spoken, the positions with draws), noise (Σ over covered positions of 1 / accepted share).
+        (those with targets), cut (tokens beyond seq_len), accepted, rejected, short, open, dropped, label (mean masses
+        times spoken, the positions with draws), noise (Σ over covered positions of 1 / accepted share).
     """
     given = [
         (record.input_ids[:size].astype(np.int64), record.starts[:size])
@@ -63,11 +64,13 @@ def transcode_records(
     rows = retokenise(given, answers.pair, answers.contexts)
     draws = draws_of(records, sizes)
     before = np.cumsum([0, *sizes])
-    source = np.concatenate(
-        [np.where(row.source >= 0, row.source + first, -1) for row, first in zip(rows, before, strict=False)]
+    source = [np.where(row.source >= 0, row.source + first, -1) for row, first in zip(rows, before, strict=False)]
+    places = Places(
+        source=np.concatenate(source),
+        context=np.concatenate([row.context for row in rows]),
+        labels=np.concatenate([np.append(row.ids[:-1], [-1] * bool(len(row.ids))) for row in rows]),
     )
-    context = np.concatenate([row.context for row in rows])
-    found = rewrite(draws, source, context, answers, chain=settings.chain, unresolved=settings.unresolved)
+    found = rewrite(draws, places, answers, chain=settings.chain, unresolved=settings.unresolved)
     counts = {name: float(sum(row.counts[name] for row in rows)) for name in rows[0].counts}
     return _records(rows, found, answers.pair, settings, counts), counts
 
@@ -99,7 +102,7 @@ def draws_of(records: Sequence[RowRecord], sizes: Sequence[int]) -> Draws:
 
 def _weights(targets: FlatTargets) -> np.ndarray:
     """[M] float64; counts over rounds exactly as far as float64 goes."""
-    if targets.rounds is None or targets.importance is not None:
+    if targets.rounds is None or targets.importance is not None or targets.scale is not None:
         return targets.weights.astype(np.float64)
     return targets.values.astype(np.float64) / targets.rounds
 
@@ -107,13 +110,14 @@ def _weights(targets: FlatTargets) -> np.ndarray:
 def _records(
     rows: Sequence[StudentRow], found: Rewritten, pair: Pair, settings: Settings, counts: dict[str, float]
 ) -> list[RowRecord]:
-    accepted, size = found.masses["accepted"], settings.seq_len
+    size = settings.seq_len
     positions = np.concatenate([np.arange(len(row.ids)) for row in rows])
     inside = (positions > 0) & (positions < size)
-    covered = (accepted > 0) & inside
+    entries_of = np.bincount(found.position, minlength=len(positions))
+    covered = (entries_of > 0) & inside
     _sum_up(found, positions, inside, covered, counts)
     ends = np.cumsum([0, *(len(row.ids) for row in rows)])
-    per_position = np.bincount(found.position, minlength=len(positions)) * covered
+    per_position = entries_of * covered
     kept = covered[found.position]
     ids, weights = found.token[kept].astype(np.uint32), found.weight[kept].astype(np.float32)
     entries = np.cumsum([0, *per_position.tolist()])
@@ -141,7 +145,8 @@ def _sum_up(
     total = masses["accepted"] + masses["rejected"] + masses["short"] + masses["dropped"]
     spoken = (total > 0) & inside
     share = {name: float((mass[spoken] / total[spoken]).sum()) for name, mass in masses.items()}
-    noise = float((total[covered] / masses["accepted"][covered]).sum())
+    drawn = covered & (masses["accepted"] > 0)
+    noise = float((total[drawn] / masses["accepted"][drawn]).sum())
     counts |= {"positions": float((positions > 0).sum()), "covered": float(covered.sum()), **share}
     counts |= {"cut": float((positions > 0).sum() - inside.sum()), "spoken": float(spoken.sum()), "noise": noise}
 

@@ -3,70 +3,142 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 
+MASSES = ("accepted", "rejected", "short", "open", "dropped")
 
-def slow_transcode(teacher_ids, draws, of_teacher, of_student, encode, control, *, chain, unresolved="point"):
+
+@dataclass
+class Slow:
     """A text without control tokens but at its end; draws[j] is {teacher id: weight} or None.
 
-    Returns one (token, targets, masses, opens) per student token: {student id: weight}, the five masses.
+    encode and teachers_encode cut bytes into ids; control is {teacher's control token: the student's, or -1}.
     """
-    text = b"".join(of_teacher[token] or b"" for token in teacher_ids)
-    ends_in_control = of_teacher[teacher_ids[-1]] is None
-    ids = encode(text)
-    starts_s = [0, *accumulate(len(of_student[token]) for token in ids)]
-    starts_t = [0, *accumulate(len(of_teacher[token] or b"") for token in teacher_ids)][:-1]
-    tokens = ids + [control[teacher_ids[-1]]] * ends_in_control
-    found = []
-    for i, token in enumerate(tokens):
-        begin = starts_s[i]
-        which = bisect_right(starts_t, begin) - 1
-        masses = dict.fromkeys(("accepted", "rejected", "short", "open", "dropped"), 0.0)
-        targets = {}
 
-        def spread(before, which, factor, left, begin=begin, i=i, masses=masses, targets=targets):
-            for draw, weight in draws[which].items():
+    teacher_ids: list
+    draws: list
+    of_teacher: tuple
+    of_student: tuple
+    encode: object
+    teachers_encode: object
+    control: dict
+
+    def __post_init__(self):
+        self.text = b"".join(self.of_teacher[token] or b"" for token in self.teacher_ids)
+        ends_in_control = self.of_teacher[self.teacher_ids[-1]] is None
+        ids = self.encode(self.text)
+        self.starts_s = [0, *accumulate(len(self.of_student[token]) for token in ids)]
+        self.starts_t = [0, *accumulate(len(self.of_teacher[token] or b"") for token in self.teacher_ids)][:-1]
+        self.tokens = ids + [self.control[self.teacher_ids[-1]]] * ends_in_control
+        self.cut = cache(self.teachers_encode)
+
+    def which(self, i):
+        return bisect_right(self.starts_t, self.starts_s[i]) - 1
+
+    def read(self, before, draw, i):
+        """(fate, the student's token, what it may become, whether cuts tell that) of a draw after the bytes before."""
+        begin = self.starts_s[i]
+        piece = self.of_teacher[draw] if draw < len(self.of_teacher) else None
+        whole = before + (piece or b"")
+        size = min(len(whole), begin)
+        if whole[:size] != self.text[:size]:
+            return "rejected", None, None, None
+        if piece is not None and len(whole) <= begin:
+            return "short", None, None, None
+        read = self.encode(whole)
+        cuts = [0, *accumulate(len(self.of_student[t]) for t in read)]
+        if cuts[: i + 1] != self.starts_s[: i + 1]:
+            return "rejected", None, None, None
+        if piece is None and len(whole) == begin:
+            there = self.control.get(draw, -1)
+            return ("rejected", None, None, None) if there < 0 else ("decided", there, {there}, None)
+        if piece is None or cuts[i + 1] != len(whole):
+            return "decided", read[i], {read[i]}, None
+        members, by_cuts = self.members(read[i], draw)
+        return "open" if len(members) > 1 else "decided", read[i], members, by_cuts
+
+    def members(self, token, draw):
+        """Tokens whose own text the teacher cuts as it cuts this one's, if that ends in the draw; else by bytes."""
+        mine = self.cut(self.of_student[token])
+        if mine and mine[-1] == draw:
+            cuts = ((v, self.cut(p)) for v, p in enumerate(self.of_student) if p)
+            return {v for v, cut in cuts if cut and cut[: len(mine)] == mine} | {token}, True
+        return {v for v, p in enumerate(self.of_student) if p and p.startswith(self.of_student[token])}, False
+
+
+def slow_transcode(slow, *, chain, unresolved="point"):
+    """One (token, targets, masses) per student token: {student id: weight}, the five masses."""
+    found = []
+    for i, token in enumerate(slow.tokens):
+        which = slow.which(i)
+        masses = dict.fromkeys(MASSES, 0.0)
+        targets = Counter()
+
+        def spread(before, which, factor, left, i=i, masses=masses, targets=targets):
+            for draw, weight in slow.draws[which].items():
                 weight = weight * factor
-                piece = of_teacher[draw] if draw < len(of_teacher) else None
-                whole = before + (piece or b"")
-                size = min(len(whole), begin)
-                if whole[:size] != text[:size]:
-                    masses["rejected"] += weight
+                fate, answer, *_ = slow.read(before, draw, i)
+                if fate in ("rejected", "short"):
+                    masses[fate] += weight
                     continue
-                if piece is not None and len(whole) <= begin:
-                    masses["short"] += weight
-                    continue
-                read = encode(whole)
-                cuts = [0, *accumulate(len(of_student[t]) for t in read)]
-                if cuts[: i + 1] != starts_s[: i + 1]:
-                    masses["rejected"] += weight
-                    continue
-                if piece is None and len(whole) == begin:
-                    if control.get(draw, -1) < 0:
-                        masses["rejected"] += weight
-                        continue
-                    answer, is_open = control[draw], False
-                else:
-                    answer = read[i]
-                    ends = piece is not None and cuts[i + 1] == len(whole)
-                    is_open = ends and any(
-                        p and len(p) > len(of_student[answer]) and p.startswith(of_student[answer]) for p in of_student
-                    )
                 following = which + 1
-                can = following < len(teacher_ids) and draws[following]
-                if is_open and left and can and draw == teacher_ids[which]:
-                    spread(whole, following, weight / sum(draws[following].values()), left - 1)
+                can = following < len(slow.teacher_ids) and slow.draws[following]
+                if fate == "open" and left and can and draw == slow.teacher_ids[which]:
+                    share = weight / sum(slow.draws[following].values())
+                    spread(before + slow.of_teacher[draw], following, share, left - 1)
                     continue
-                masses["open"] += weight * is_open
-                if is_open and unresolved == "drop":
+                masses["open"] += weight * (fate == "open")
+                if fate == "open" and unresolved == "drop":
                     masses["dropped"] += weight
                     continue
-                targets[answer] = targets.get(answer, 0.0) + weight
+                targets[answer] += weight
                 masses["accepted"] += weight
 
-        if draws[which]:
-            spread(text[: starts_t[which]], which, 1.0, chain)
+        if slow.draws[which]:
+            spread(slow.text[: slow.starts_t[which]], which, 1.0, chain)
         total = sum(masses[name] for name in ("accepted", "rejected", "short", "dropped"))
         scale = total / masses["accepted"] if masses["accepted"] else 0
         found.append((token, {t: w * scale for t, w in sorted(targets.items())}, masses))
+    return found
+
+
+def slow_sets(slow, *, chain):
+    """One {student id or frozenset of ids: weight, negative for a condition} per student token."""
+    found = []
+    for i in range(len(slow.tokens)):
+        which, targets, known = slow.which(i), Counter(), None
+        label = slow.tokens[i] if i + 1 < len(slow.tokens) else None  # the last one's end is not told
+        before = slow.text[: slow.starts_t[which]]
+
+        def lies(fate, members, by_cuts):
+            told = fate in ("open", "decided")
+            return told and (known is None or (members <= known[0] and (fate == "decided" or by_cuts or not known[1])))  # noqa: B023
+
+        for level in range(chain + 2):
+            draws = slow.draws[which] if which < len(slow.teacher_ids) and level <= chain else None
+            if not level and not draws:
+                break
+            told, total = Counter(), sum(draws.values()) if not level else 1
+            for draw, weight in (draws or {}).items():
+                fate, answer, members, by_cuts = slow.read(before, draw, i)
+                if lies(fate, members, by_cuts):
+                    told[frozenset(members) if fate == "open" else answer] += weight
+            came = slow.teacher_ids[which] if which < len(slow.teacher_ids) else None
+            fate, _, members, by_cuts = slow.read(before, came, i) if draws else ("short", None, None, None)
+            agrees = lies(fate, members, by_cuts) and label in members
+            if known:
+                targets[known[0]] -= 1
+            if told and (agrees or label is None):
+                for key, weight in told.items():
+                    targets[key] += weight * total / sum(told.values())
+            elif label is not None:
+                targets[label] += total
+            if not (told and agrees and fate == "open"):
+                break
+            known = frozenset(members), by_cuts
+            before, which = before + slow.of_teacher[came], which + 1
+        found.append({key: weight for key, weight in targets.items() if abs(weight) > 1e-12})
     return found

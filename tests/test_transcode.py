@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import folder_bytes
-from slow_transcode import slow_transcode
+from slow_transcode import Slow, slow_sets, slow_transcode
 from test_align import CORPUS, FAMILIES, byte_level, fast
 from tokenizers import Tokenizer
 
 from sparsekd.cache import CacheReader, check_alignment, verify
 from sparsekd.errors import MismatchError, RecipeError, SourceError
+from sparsekd.fates import Answers
+from sparsekd.open_sets import sets_of_cuts
 from sparsekd.recompute import recompute
-from sparsekd.redraw import Answers, Draws, rewrite
-from sparsekd.retokenise import Context, cut_ids, pair_of, retokenise
+from sparsekd.redraw import Draws, Places, rewrite
+from sparsekd.retokenise import Context, cut_ids, pair_of, retokenise, teachers_cuts
 from sparsekd.transcode import transcode
 from sparsekd.vocab import load_tokenizer
-from sparsekd.vocab_bytes import text_of, vocabulary_bytes
+from sparsekd.vocab_bytes import VocabBytes, text_of, vocabulary_bytes
 
 TEXTS = [
     "The cat sees the dog, and counts 1 2 3.\n",
@@ -97,46 +101,92 @@ def families():
     return {name: make() for name, make in FAMILIES.items()} | more
 
 
-@pytest.mark.parametrize("unresolved", ["point", "drop"])
-@pytest.mark.parametrize(
-    ("teacher", "student"),
-    [("byte_level", "small"), ("small", "byte_level"),
-     ("rich", "regex"), ("regex", "rich"), ("byte_level", "llama2_like"), ("byte_level", "unigram_like"),
-     ("llama2_like", "byte_level"), ("llama2_like", "unigram_like"), ("unigram_like", "llama2_like")],
-)  # fmt: skip
-def test_the_fast_path_is_its_slow_twin(families, teacher, student, unresolved):
-    """Same targets and masses, position by position, though only the word so far is read before a draw."""
+PAIRS = [
+    ("byte_level", "small"), ("small", "byte_level"),
+    ("rich", "regex"), ("regex", "rich"), ("byte_level", "llama2_like"), ("byte_level", "unigram_like"),
+    ("llama2_like", "byte_level"), ("llama2_like", "unigram_like"), ("unigram_like", "llama2_like"),
+]  # fmt: skip
+
+
+def texts_both_ways(teacher, student):
+    """Per text: the slow twin's view, and the fast path's draws, places, answers."""
     from sparsekd.vocab_bytes import encode_texts, plain_backend
 
     rng = np.random.default_rng(0)
-    pair = pair_of(families[teacher], families[student])
-    answers, backend, width = Answers(pair=pair), plain_backend(families[teacher]), len(pair.control)
+    pair = pair_of(teacher, student)
+    answers, backend, width = Answers(pair=pair), plain_backend(teacher), len(pair.control)
     control = {token: int(there) for token, there in enumerate(pair.control.tolist())}
-
-    def encode(data):
-        return cut_ids([data], pair)[0]
-
-    eos, seen = pair.teacher.eos, dict.fromkeys(("accepted", "rejected", "short", "open", "dropped"), 0.0)
+    of_teacher = dict(zip((piece or b"" for piece in pair.student.of_id), teachers_cuts(pair), strict=True))
     for text in TEXTS:
-        ids = [*encode_texts(backend, [text])[0].ids, eos]
+        ids = [*encode_texts(backend, [text])[0].ids, pair.teacher.eos]
         draws = random_draws(ids, width, pair, rng)
-        starts = np.zeros(len(ids), bool)
-        row = retokenise([(np.array(ids), starts)], pair, answers.contexts)[0]
-        fast = rewrite(as_draws(draws, ids), row.source, row.context, answers, chain=2, unresolved=unresolved)
-        slow = slow_transcode(
-            ids, draws, pair.teacher.of_id, pair.student.of_id, encode, control, chain=2, unresolved=unresolved
-        )
-        assert row.ids.tolist() == [token for token, _, _ in slow]
-        for i, (_, targets, masses) in enumerate(slow):
+        row = retokenise([(np.array(ids), np.zeros(len(ids), bool))], pair, answers.contexts)[0]
+        places = Places(source=row.source, context=row.context, labels=np.append(row.ids[:-1], -1))
+        slow = Slow(
+            ids, draws, pair.teacher.of_id, pair.student.of_id, lambda data: cut_ids([data], pair)[0],
+            of_teacher.__getitem__, control,
+        )  # fmt: skip
+        assert row.ids.tolist() == slow.tokens
+        yield slow, as_draws(draws, ids), places, answers
+
+
+@pytest.mark.parametrize("unresolved", ["point", "drop"])
+@pytest.mark.parametrize(("teacher", "student"), PAIRS)
+def test_the_fast_path_is_its_slow_twin(families, teacher, student, unresolved):
+    """Same targets and masses, position by position, though only the word so far is read before a draw."""
+    seen = dict.fromkeys(("accepted", "rejected", "short", "open", "dropped"), 0.0)
+    for slow, draws, places, answers in texts_both_ways(families[teacher], families[student]):
+        fast = rewrite(draws, places, answers, chain=2, unresolved=unresolved)
+        for i, (_, targets, masses) in enumerate(slow_transcode(slow, chain=2, unresolved=unresolved)):
             mine = fast.position == i
             assert dict(zip(fast.token[mine].tolist(), fast.weight[mine].tolist(), strict=True)) == pytest.approx(
                 targets
             )
-            assert {name: mass[i] for name, mass in fast.masses.items()} == pytest.approx(masses, abs=1e-12)
+            assert {name: fast.masses[name][i] for name in masses} == pytest.approx(masses, abs=1e-12)
             seen = {name: seen[name] + mass for name, mass in masses.items()}
     finer = (teacher, student) != ("small", "byte_level")  # else every student token starts where a teacher token does
     expected = {"accepted", "rejected", "open", *["short"] * finer, *["dropped"] * (unresolved == "drop")}
     assert {name for name, mass in seen.items() if mass} == expected
+
+
+@pytest.mark.parametrize("chain", [0, 2])
+@pytest.mark.parametrize(("teacher", "student"), PAIRS)
+def test_sets_are_their_slow_twin(families, teacher, student, chain):
+    """Tokens, sets and conditions, position by position; a position's weights sum to what its draws summed to."""
+    conditions = 0
+    for slow, draws, places, answers in texts_both_ways(families[teacher], families[student]):
+        fast = rewrite(draws, places, answers, chain=chain, unresolved="set")
+        table = answers.sets.table
+        for i, targets in enumerate(slow_sets(slow, chain=chain)):
+            mine = fast.position == i
+            found = Counter()
+            for token, weight in zip(fast.token[mine].tolist(), fast.weight[mine].tolist(), strict=True):
+                assert weight > 0
+                given, index = divmod(token - table.vocab_size, len(table))
+                key = token if token < table.vocab_size else frozenset(table.members(index).tolist())
+                found[key] += -weight if token >= table.vocab_size and given else weight
+                conditions += token >= table.vocab_size and given
+            assert dict(found) == pytest.approx(targets, abs=1e-12)
+            drawn = slow.draws[slow.which(i)]
+            assert sum(targets.values()) == pytest.approx(sum(drawn.values()) if targets else 0)
+    assert conditions
+
+
+def test_a_teachers_cuts_tell_what_may_follow():
+    """By hand: after " " comes no token that the teacher writes as " the"; by bytes it might."""
+    pieces = (b" ", b" the", b" t", b"  ", b"x", None)
+    student = VocabBytes(of_id=pieces, control={}, bos=None, eos=None, prefix="never", name="student")
+    cuts = [[7], [9], [7, 8], [7, 7], [3], None]  # " the" is one token of the teacher's, " t" is " " and "t"
+    sets = sets_of_cuts(cuts, student.of_id)
+    after = {index: set(sets.table.members(index).tolist()) for index in range(12)}
+    assert after == {0: {0, 2, 3}, 1: {1}, 2: {2}, 3: {3}, 4: {4}, 5: {5},
+                     6: {0, 1, 2, 3}, 7: {1}, 8: {1, 2}, 9: {3}, 10: {4}, 11: {5}}  # fmt: skip
+    draws, tokens = np.array([7, 9, 8, 5]), np.array([0, 1, 2, 0])
+    assert sets.of(draws, tokens).tolist() == [0, 1, 2, 6]
+    assert sets.is_open(draws, tokens).tolist() == [True, False, False, True]
+    for outer, inner in itertools.product(range(-1, 12), range(12)):
+        inside = outer < 0 or (after[inner] <= after[outer] and (outer >= 6 or inner < 6))
+        assert bool(sets.holds_set(np.array([outer]), np.array([inner]))[0]) == inside
 
 
 # --- caches ---------------------------------------------------------------------------------------------
@@ -239,7 +289,7 @@ def test_a_student_trains_on_it(world, tokenizers, tmp_path, unresolved):
     with CacheReader(out) as reader:
         size = reader.spec.tokenizer["vocab_size"]
         assert (reader.stats["id_max"] >= size) == (unresolved == "set")
-    assert ("'…" in describe_cache(str(out), row=0, positions=31)) == (unresolved == "set")
+    assert ("given '" in describe_cache(str(out), row=0, positions=31)) == (unresolved == "set")
     student = {"family": "tiny", "hidden_size": 16, "intermediate_size": 32}
     words = {"student": student, "cache": str(out), "batch_size": 8, "device": "cpu", "progress": False}
     losses = [
@@ -313,14 +363,15 @@ def test_a_bpe_with_truncated_merges_has_an_exact_answer():
     begins = [cut_ids([piece], pair)[0][0] if piece else pair.student.eos for piece in pair.teacher.of_id]
     assert len(set(begins)) < len(begins)
     exact = np.bincount(begins, p, len(pair.student.of_id))
-    dense = rewrite(one_position(np.arange(width), p), none, none, answers, chain=0)
+    place = Places(source=none, context=none, labels=none - 1)
+    dense = rewrite(one_position(np.arange(width), p), place, answers, chain=0)
     assert np.bincount(dense.token, dense.weight, len(exact)) == pytest.approx(exact, abs=1e-15)
     assert dense.masses["rejected"] == dense.masses["short"] == 0
     mean, rounds, times = np.zeros(len(exact)), 50, 400
     for _ in range(times):
         counts = rng.multinomial(rounds, p)
         drawn = np.flatnonzero(counts)
-        found = rewrite(one_position(drawn, counts[drawn] / rounds), none, none, answers, chain=0)
+        found = rewrite(one_position(drawn, counts[drawn] / rounds), place, answers, chain=0)
         mean += np.bincount(found.token, found.weight, len(exact)) / times
     error = np.sqrt(exact * (1 - exact) / (rounds * times))
     assert (np.abs(mean - exact) <= 5 * error + 1e-12).all()
@@ -337,7 +388,8 @@ def test_draws_after_a_word_are_conditioned_on_its_cut(families):
     tokens = cut_ids([text], pair)[0]
     ends = np.cumsum([len(pair.student.of_id[t]) for t in tokens]).tolist()
     number = answers.contexts.number(Context(text, text, tuple(ends)))
-    found = rewrite(one_position(np.arange(len(p)), p), np.zeros(1, int), np.array([number]), answers, chain=0)
+    place = Places(source=np.zeros(1, int), context=np.array([number]), labels=np.array([-1]))
+    found = rewrite(one_position(np.arange(len(p)), p), place, answers, chain=0)
     exact = np.zeros(len(pair.student.of_id))
     for w, piece in enumerate(pieces):
         read = cut_ids([text + (piece or b"")], pair)[0]
