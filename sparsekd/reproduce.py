@@ -20,6 +20,7 @@ from sparsekd.files import write_atomically
 from sparsekd.frontier import FRONTIER
 from sparsekd.laws import LAWS_OF_APPENDIX_A
 from sparsekd.measures import MEASURES
+from sparsekd.qa import QA
 from sparsekd.reproduce_page import render_page, terminal_text
 from sparsekd.reproduction import Reproduction, Result, Settings, from_json, to_json
 from sparsekd.tables import TABLES
@@ -48,6 +49,7 @@ REPRODUCTIONS: dict[str, Reproduction] = {
     "table13": TEACHER_TABLES["table13"],
     "frontier": FRONTIER,
     "crosstok": CROSSTOK,
+    "qa": QA,
     "laws": LAWS_OF_APPENDIX_A,
     "quantisation": MEASURES["quantisation"],
 }

@@ -109,27 +109,33 @@ def gap(outcomes: Outcomes, label: str) -> Cell | None:
 
 def judge(outcomes: Outcomes, claim: Claim) -> Finding:
     """Whether a claim holds beyond the 95 % interval of the paired differences over seeds; else says so."""
-    from sparsekd.comparison import t975
-
     a, b = outcomes[claim.better], outcomes[claim.worse]
     if a.diverged() or b.diverged():
         holds = b.diverged() and not a.diverged()
         return Finding(text=f"{claim.worse if b.diverged() else claim.better} diverged.", holds=holds)
-    differences = [y - x for x, y in zip(_values(a, claim.metric), _values(b, claim.metric), strict=True)]
-    found = over(differences)
+    gains = [y - x for x, y in zip(_values(a, claim.metric), _values(b, claim.metric), strict=True)]
+    return paired_finding(claim.better, claim.worse, gains, METRICS[claim.metric][0])
+
+
+def paired_finding(
+    better: str,
+    worse: str,
+    gains: Sequence[float],
+    unit: str,
+    words: tuple[str, str] = ("lower", "higher"),
+    form: str = ".3f",
+) -> Finding:
+    """What may be said of one gain a seed; `words` are of a positive and of a negative one."""
+    from sparsekd.comparison import t975
+
+    found = over(gains)
     assert found is not None
-    error = found.standard_error
-    half = math.inf if error is None else error * t975(len(differences) - 1)
-    unit = METRICS[claim.metric][0]
+    half = math.inf if found.standard_error is None else found.standard_error * t975(len(gains) - 1)
     sure = "beyond" if abs(found.mean) > half else "within"
-    text = (
-        f"{claim.better} against {claim.worse}: {abs(found.mean):.3f} {unit} "
-        f"{'lower' if found.mean > 0 else 'higher'}, "
-        + (
-            f"{sure} the 95 % interval over seeds (±\u00a0{half:.3f})."
-            if len(differences) > 1
-            else "from one seed, which decides nothing."
-        )
+    text = f"{better} against {worse}: {abs(found.mean):{form}} {unit} {words[found.mean <= 0]}, " + (
+        f"{sure} the 95 % interval over seeds (±\u00a0{half:{form}})."
+        if len(gains) > 1
+        else "from one seed, which decides nothing."
     )
     return Finding(text=text, holds=None if sure == "within" else found.mean > 0)
 

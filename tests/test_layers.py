@@ -148,6 +148,7 @@ PROGRAMS_TOGETHER = {
     "capture": {"drawing", "shard_thread"},
     "recompute": {"drawing"},
     "plan_measures": {"drawing"},
+    "gradients": {"drawing"},
     "plan": {"drawing", "plan_measures", "plots"},
     "train": {"student", "training_set", "training_settings", "training_run", "cross_student", "cross_set"},
     "training_settings": {"cross_student"},
