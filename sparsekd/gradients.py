@@ -13,7 +13,9 @@ import torch
 
 import sparsekd as skd
 from sparsekd import metrics, models
+from sparsekd.drawing import head_order, read_head
 from sparsekd.packed import RowsReader
+from sparsekd.samplers import ORDERED
 
 _AT_ONCE = 16  # rows
 
@@ -33,7 +35,7 @@ def gradient_geometry(
     Args:
         student, teacher: folders or hub ids of models of one vocabulary.
         rows: packed rows of their tokenizer; the first `batch_rows` of the train split are the batch.
-        methods: {label: (a name of SAMPLERS, its parameters)}.
+        methods: {label: (a name of SAMPLERS, its parameters)}; drawn in the order that capture draws in by default.
         seed: of the draws.
 
     Returns:
@@ -42,7 +44,7 @@ def gradient_geometry(
     """
     device = models.check_device(device)
     learner, model = models.open_model(student, device=device), models.open_model(teacher, device=device)
-    parameters = list(learner.parameters())
+    parameters, order_V = list(learner.parameters()), head_order(read_head(model))
     sums = {name: [torch.zeros_like(p) for p in parameters] for name in ("FullKD", *methods)}
     ids, positions = dict.fromkeys(methods, 0.0), 0
     reader = RowsReader(rows)
@@ -55,7 +57,8 @@ def gradient_geometry(
         losses = {"FullKD": skd.full_kl(logits, wanted, reduction="sum")}
         for name, (sampler, parameters_of) in methods.items():
             keys = {"rows": torch.full((len(wanted),), start), "positions": torch.arange(len(wanted)), "seed": seed}
-            targets = skd.sample(wanted, sampler, **keys, **parameters_of)
+            order = order_V if sampler in ORDERED else None
+            targets = skd.sample(wanted, sampler, **keys, order=order, **parameters_of)
             losses[name] = skd.sparse_kl(logits, targets, reduction="sum")
             ids[name] += float((targets.weights > 0).sum())
         for name, loss in losses.items():
