@@ -63,10 +63,9 @@ def _on_grid(head_VH: Tensor) -> Tensor:
     # A column's sign from a multiplicative hash: signed sums of hidden dimensions keep distances, on average.
     signs = 1 - 2 * ((torch.arange(width, device=head_VH.device) * 2654435769 >> 31) & 1).float()
     parts = []
-    for start in range(0, len(head_VH), _CHUNK):
-        rows = head_VH[start : start + _CHUNK].float()
-        rows = (rows * (_GRID / max(largest, 1e-30))).round_().mul_(signs)
-        parts.append(torch.nn.functional.pad(rows, (0, -width % group)).unflatten(-1, (-1, group)).sum(-1))
+    for rows in head_VH.split(max(1, _CHUNK * COLUMNS // width)):
+        whole = (rows.float() * (_GRID / max(largest, 1e-30))).round_().mul_(signs)
+        parts.append(torch.nn.functional.pad(whole, (0, -width % group)).unflatten(-1, (group, -1)).sum(1))
     return torch.cat(parts)
 
 

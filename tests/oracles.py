@@ -86,7 +86,7 @@ def vocabulary_order_plain(head_VH: Tensor, columns: int, rows: int, steps: int)
     whole = np.rint(head_VH.float().numpy() * scale).astype(np.int64)
     group = -(-whole.shape[1] // columns)
     whole *= np.array([-1 if (j * 2654435769) & 2**31 else 1 for j in range(whole.shape[1])])
-    grid = np.pad(whole, ((0, 0), (0, -whole.shape[1] % group))).reshape(len(whole), -1, group).sum(-1)
+    grid = np.pad(whole, ((0, 0), (0, -whole.shape[1] % group))).reshape(len(whole), group, -1).sum(1)
     ids, size = np.arange(len(grid)), 1 << (len(grid) - 1).bit_length()
     while size > 1:
         full = len(ids) // size
