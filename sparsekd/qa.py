@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,8 +80,8 @@ class Sizes:
 
 
 SIZES = {
-    "quick": Sizes(teacher_steps=600, pretraining_steps=300, steps=150),
-    "full": Sizes(teacher_steps=1200, pretraining_steps=900, steps=600),
+    "quick": Sizes(teacher_steps=600, pretraining_steps=500, steps=400),
+    "full": Sizes(teacher_steps=1200, pretraining_steps=1500, steps=1200),
 }
 
 
@@ -201,7 +202,7 @@ def _answering() -> dict[str, Any]:
 
 
 def _file(kind: str, way: str) -> str:
-    return f"{'t5' if kind == ENCODER_DECODER else 'llama'}-{way.replace(' ', '-')}"
+    return re.sub(r"[^a-z0-9.]+", "-", f"{'t5' if kind == ENCODER_DECODER else 'llama'}-{way.lower()}")
 
 
 def _student(home: Path, school: Mapping[str, str], kind: str, way: str, seed: int, sizes: Sizes) -> str:
