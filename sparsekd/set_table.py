@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import FormatError, MismatchError
+from .errors import FormatError, MismatchError, SourceError
 from .files import join, read_file, write_atomically
 
 Array = NDArray[Any]
@@ -78,7 +78,10 @@ def read_table(folder: str | Path, described: Mapping[str, Any]) -> SetTable:
         FormatError: arrays that are no table.
     """
     path = join(folder, FILE)
-    data = read_file(path)
+    try:
+        data = read_file(path)
+    except FileNotFoundError as error:
+        raise SourceError(f"{path} is missing: the sets that the cache's ids stand for; transcode again") from error
     if (found := hashlib.sha256(data).hexdigest()) != described.get("sha256"):
         raise MismatchError(
             f"{path} has sha256 {found[:12]}, the cache was made with {str(described.get('sha256'))[:12]}; put that "

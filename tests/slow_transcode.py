@@ -33,12 +33,12 @@ class Slow:
         self.starts_s = [0, *accumulate(len(self.of_student[token]) for token in ids)]
         self.starts_t = [0, *accumulate(len(self.of_teacher[token] or b"") for token in self.teacher_ids)][:-1]
         self.tokens = ids + [self.control[self.teacher_ids[-1]]] * ends_in_control
-        self.cut = cache(self.teachers_encode)
+        self.cut, self.read = cache(self.teachers_encode), cache(self.read_anew)
 
     def which(self, i):
         return bisect_right(self.starts_t, self.starts_s[i]) - 1
 
-    def read(self, before, draw, i):
+    def read_anew(self, before, draw, i):
         """(fate, the student's token, what it may become, whether cuts tell that) of a draw after the bytes before."""
         begin = self.starts_s[i]
         piece = self.of_teacher[draw] if draw < len(self.of_teacher) else None

@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,14 @@ from slow_transcode import Slow, slow_sets, slow_transcode
 from test_align import CORPUS, FAMILIES, byte_level, fast
 from tokenizers import Tokenizer
 
-from sparsekd.cache import CacheReader, check_alignment, verify
-from sparsekd.errors import MismatchError, RecipeError, SourceError
+from sparsekd.cache import CacheReader, CacheWriter, check_alignment, verify
+from sparsekd.errors import FormatError, MismatchError, RecipeError, SourceError
 from sparsekd.fates import Answers
 from sparsekd.open_sets import sets_of_cuts
 from sparsekd.recompute import recompute
 from sparsekd.redraw import Draws, Places, rewrite
 from sparsekd.retokenise import Context, cut_ids, pair_of, retokenise, teachers_cuts
+from sparsekd.set_table import SetTable, read_table, write_table
 from sparsekd.transcode import transcode
 from sparsekd.vocab import load_tokenizer
 from sparsekd.vocab_bytes import VocabBytes, text_of, vocabulary_bytes
@@ -108,15 +110,17 @@ PAIRS = [
 ]  # fmt: skip
 
 
-def texts_both_ways(teacher, student):
-    """Per text: the slow twin's view, and the fast path's draws, places, answers."""
+@pytest.fixture(scope="module", params=PAIRS, ids="-".join)
+def both_ways(request, families):
+    """(names of teacher and student, per text: the slow twin's view, and the fast path's draws, places, answers)."""
     from sparsekd.vocab_bytes import encode_texts, plain_backend
 
-    rng = np.random.default_rng(0)
-    pair = pair_of(teacher, student)
+    teacher, student = (families[name] for name in request.param)
+    rng, pair = np.random.default_rng(0), pair_of(teacher, student)
     answers, backend, width = Answers(pair=pair), plain_backend(teacher), len(pair.control)
     control = {token: int(there) for token, there in enumerate(pair.control.tolist())}
     of_teacher = dict(zip((piece or b"" for piece in pair.student.of_id), teachers_cuts(pair), strict=True))
+    found = []
     for text in TEXTS:
         ids = [*encode_texts(backend, [text])[0].ids, pair.teacher.eos]
         draws = random_draws(ids, width, pair, rng)
@@ -127,15 +131,16 @@ def texts_both_ways(teacher, student):
             of_teacher.__getitem__, control,
         )  # fmt: skip
         assert row.ids.tolist() == slow.tokens
-        yield slow, as_draws(draws, ids), places, answers
+        found.append((slow, as_draws(draws, ids), places, answers))
+    return request.param, found
 
 
 @pytest.mark.parametrize("unresolved", ["point", "drop"])
-@pytest.mark.parametrize(("teacher", "student"), PAIRS)
-def test_the_fast_path_is_its_slow_twin(families, teacher, student, unresolved):
+def test_the_fast_path_is_its_slow_twin(both_ways, unresolved):
     """Same targets and masses, position by position, though only the word so far is read before a draw."""
+    names, found = both_ways
     seen = dict.fromkeys(("accepted", "rejected", "short", "open", "dropped"), 0.0)
-    for slow, draws, places, answers in texts_both_ways(families[teacher], families[student]):
+    for slow, draws, places, answers in found:
         fast = rewrite(draws, places, answers, chain=2, unresolved=unresolved)
         for i, (_, targets, masses) in enumerate(slow_transcode(slow, chain=2, unresolved=unresolved)):
             mine = fast.position == i
@@ -144,17 +149,16 @@ def test_the_fast_path_is_its_slow_twin(families, teacher, student, unresolved):
             )
             assert {name: fast.masses[name][i] for name in masses} == pytest.approx(masses, abs=1e-12)
             seen = {name: seen[name] + mass for name, mass in masses.items()}
-    finer = (teacher, student) != ("small", "byte_level")  # else every student token starts where a teacher token does
+    finer = names != ("small", "byte_level")  # else every student token starts where a teacher token does
     expected = {"accepted", "rejected", "open", *["short"] * finer, *["dropped"] * (unresolved == "drop")}
     assert {name for name, mass in seen.items() if mass} == expected
 
 
 @pytest.mark.parametrize("chain", [0, 2])
-@pytest.mark.parametrize(("teacher", "student"), PAIRS)
-def test_sets_are_their_slow_twin(families, teacher, student, chain):
+def test_sets_are_their_slow_twin(both_ways, chain):
     """Tokens, sets and conditions, position by position; a position's weights sum to what its draws summed to."""
-    conditions = 0
-    for slow, draws, places, answers in texts_both_ways(families[teacher], families[student]):
+    conditions = by_text = 0
+    for slow, draws, places, answers in both_ways[1]:
         fast = rewrite(draws, places, answers, chain=chain, unresolved="set")
         table = answers.sets.table
         for i, targets in enumerate(slow_sets(slow, chain=chain)):
@@ -167,9 +171,12 @@ def test_sets_are_their_slow_twin(families, teacher, student, chain):
                 found[key] += -weight if token >= table.vocab_size and given else weight
                 conditions += token >= table.vocab_size and given
             assert dict(found) == pytest.approx(targets, abs=1e-12)
-            drawn = slow.draws[slow.which(i)]
-            assert sum(targets.values()) == pytest.approx(sum(drawn.values()) if targets else 0)
+            drawn = sum(slow.draws[slow.which(i)].values())
+            assert sum(targets.values()) == pytest.approx(drawn if targets else 0)
+            by_text += fast.masses["label"][i] > 0
+            assert fast.masses["label"][i] in (0, pytest.approx(drawn))
     assert conditions
+    assert by_text or both_ways[0] == ("unigram_like", "llama2_like")
 
 
 def test_a_teachers_cuts_tell_what_may_follow():
@@ -427,6 +434,86 @@ def test_pooled_targets_are_the_weighted_mean(world, tokenizers, tmp_path):
             mean = np.where(silent[:, None], x, 0.75 * x + 0.25 * y)
             assert np.allclose(found, mean, rtol=1e-3)
     assert alone
+
+
+def test_sets_of_several_tables_are_pooled(world, tokenizers, tmp_path):
+    """The mean of two caches whose sets are numbered differently, and of one without sets: by the sets' own tokens."""
+    from sparsekd.pool import pool
+
+    paths = [str(tmp_path / name) for name in ("a", "b", "point")]
+    for path, unresolved in zip(paths, ("set", "set", "point"), strict=True):
+        transcode(cache=world.cache, tokenizer=tokenizers["other"], out=path, unresolved=unresolved, seq_len=48)
+    renumber_sets(paths[1])
+    pool(caches=paths, weights=[2, 1, 1], out=tmp_path / "pooled")
+    assert verify(tmp_path / "pooled").problems == []
+    with CacheReader(tmp_path / "pooled") as reader:
+        assert reader.spec.data["transcoded"]["sets"]["count"] == 4 * reader.spec.tokenizer["vocab_size"]
+        for row in range(0, len(reader), 9):
+            a, b, point, found = (by_members(path, row) for path in (*paths, tmp_path / "pooled"))
+            assert a == b
+            assert any(isinstance(key, frozenset) for _, key in a)
+            for key in a.keys() | point.keys():
+                assert found.get(key, 0) == pytest.approx(0.75 * a.get(key, 0) + 0.25 * point.get(key, 0), abs=2e-3)
+
+
+def renumber_sets(path):
+    """Turn the order of a cache's sets round: another teacher's table."""
+    with CacheReader(path) as reader:
+        spec, records = reader.spec, [reader.record(row) for row in range(len(reader))]
+    described = spec.data["transcoded"]["sets"]
+    table, size, count = read_table(path, described), described["vocab_size"], described["count"]
+    turned = SetTable(vocab_size=size, order=table.order, first=table.first[::-1], last=table.last[::-1])
+    made = spec.data["transcoded"] | {"sets": turned.described()}
+    shutil.rmtree(path)
+    writer = CacheWriter(path, replace(spec, data=spec.data | {"transcoded": made}))
+    write_table(turned, path)
+    for record in records:
+        given, index = np.divmod(record.targets.ids.astype(int) - size, count)
+        ids = np.where(given < 0, record.targets.ids, size + given * count + count - 1 - index).astype(np.uint32)
+        record.targets.ids[:] = ids
+    for shard in range(spec.shards):
+        writer.write(shard, [records[row] for row in spec.shard_range(shard)])
+    writer.finalize()
+
+
+def by_members(path, row):
+    """{(position, token or frozenset of tokens): weight, negative for a condition} of a row."""
+    with CacheReader(path) as reader:
+        targets, described = reader.record(row).targets, reader.spec.data["transcoded"].get("sets")
+    table = described and read_table(path, described)
+    found = Counter()
+    for position, token, weight in zip(targets.positions.tolist(), targets.ids.tolist(), targets.weights, strict=True):
+        if not table or token < table.vocab_size:
+            found[position, token] += float(weight)
+        else:
+            given, index = divmod(token - table.vocab_size, len(table))
+            found[position, frozenset(table.members(index).tolist())] += float(weight) * (-1 if given else 1)
+    return found
+
+
+def test_a_table_of_sets_is_checked(world, tokenizers, tmp_path):
+    """Another table, none, or one whose numbers lead beyond it, is refused before the first step."""
+    from sparsekd.train import train
+
+    out = tmp_path / "t"
+    transcode(cache=world.cache, tokenizer=tokenizers["other"], out=out, unresolved="set")
+    with CacheReader(out) as reader:
+        described = reader.spec.data["transcoded"]["sets"]
+    table, path = read_table(out, described), out / "sets.safetensors"
+    for name, at, wrong in (("order", 0, table.vocab_size), ("last", 3, 10**6), ("first", 5, -1)):
+        part = getattr(table, name).copy()
+        part[at] = wrong
+        broken = replace(table, **{name: part})
+        write_table(broken, out)
+        with pytest.raises(FormatError, match="beyond its"):
+            read_table(out, broken.described())
+    with pytest.raises(MismatchError, match="transcode again"):
+        train(out=tmp_path / "s", max_steps=1, student="tiny", cache=str(out), device="cpu", progress=False)
+    path.unlink()
+    with pytest.raises(SourceError, match=r"sets\.safetensors"):
+        train(out=tmp_path / "s", max_steps=1, student="tiny", cache=str(out), device="cpu", progress=False)
+    write_table(table, out)
+    assert read_table(out, described).members(0).tolist() == table.members(0).tolist()
 
 
 def test_other_rows_are_not_pooled(world, tokenizers, tmp_path):
