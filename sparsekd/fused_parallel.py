@@ -88,11 +88,20 @@ class VocabularyShard:
         sums = {name: (whole[name] * factors[name]).sum(0) for name in names if name != "largest"}
         rank = dist.get_rank(self.group)
         sizes = [len(seen.largest) for seen in seens]
-        sums |= {"largest": largest, "shrink": soft[rank], "hard_shrink": hard[rank]}
+        sums |= {"largest": largest}
         split = [
             dict(zip(sums, part, strict=True)) for part in zip(*(x.split(sizes) for x in sums.values()), strict=True)
         ]
-        return [replace(seen, **part) for seen, part in zip(seens, split, strict=True)]
+        units = zip(soft[rank].split(sizes), hard[rank].split(sizes), strict=True)
+        return [
+            replace(
+                seen,
+                **part,
+                unit=seen.unit * own,
+                hard_unit=None if seen.hard_unit is None else seen.hard_unit * own_hard,
+            )
+            for seen, part, (own, own_hard) in zip(seens, split, units, strict=True)
+        ]
 
     def add_up(self, grad_hidden: Tensor) -> None:
         """Sum over processes, in place."""

@@ -177,46 +177,57 @@ class Seen:
         dot: Σ sparse z + Σ uniform z.
         hard_total: Σ exp(z - largest), or None where that is `total` or not needed.
         rest: Σ exp((z - largest) / T) over the ids under the ghost token, or None.
-        shrink: exp((own largest - largest) / T), what the buffer must be scaled by, or None for 1.
-        hard_shrink: the same at T = 1.
+        unit: what the buffer must be multiplied by to be exp((z - largest) / T).
+        hard_unit: what `hard_CV` must be multiplied by to be exp(z - largest), or None.
         picked: [C, J] z at the kept ids, for the ghost token; or None.
-        hard_CV: exp(z - own largest), or None.
+        hard_CV: softmax(z) of the own ids, up to a factor a row; or None.
     """
 
     largest: Tensor
     total: Tensor
     dot: Tensor
+    unit: Tensor
     hard_total: Tensor | None = None
+    hard_unit: Tensor | None = None
     rest: Tensor | None = None
-    shrink: Tensor | None = None
-    hard_shrink: Tensor | None = None
     picked: Tensor | None = None
     hard_CV: Tensor | None = None
 
 
 def read_(logits_CV: Tensor, rows: Rows, options: LossOptions) -> Seen:
-    """First pass: leaves exp((z - max z) / T) in `logits_CV` (0 at the kept ids, where there is a ghost token)."""
+    """First pass: leaves softmax(z / T) in `logits_CV` (0 at the kept ids, where there is a ghost token).
+
+    Not exp and a sum: torch's softmax is faster than its exp alone. The largest of its numbers is 1 / Σ exp(z - max z).
+    """
     # A padding entry must not meet a student's logit of -inf: 0 * inf is NaN.
     picked = logits_CV.gather(-1, rows.ids).masked_fill_(rows.sparse == 0, 0)
     dot = (rows.sparse * picked).sum(-1)
     if rows.uniform is not None:
         dot += rows.uniform * logits_CV.sum(-1)
     largest = logits_CV.amax(-1)
-    logits_CV -= largest[:, None]
-    hard_CV = logits_CV.exp() if options.two_softmaxes else None
+    squared = options.two_softmaxes and options.temperature == 2  # then exp(z) is the square of exp(z / T)
+    hard_CV = logits_CV.softmax(-1) if options.two_softmaxes and not squared else None
+    hard_total = hard_unit = None if hard_CV is None else hard_CV.amax(-1).reciprocal()
     if options.temperature != 1:
         logits_CV /= options.temperature
-    logits_CV.exp_()
+    torch.softmax(logits_CV, -1, out=logits_CV)
+    total = unit = logits_CV.amax(-1).reciprocal()
+    if squared:
+        hard_CV, hard_unit = logits_CV.square(), unit.square()
+        hard_total = hard_CV.sum(-1) * hard_unit
     rest = None
     if rows.kept is not None:  # summed over the ids outside: 1 - Σ_K p would cancel where the set holds nearly all
         inside = logits_CV.gather(-1, rows.ids) * rows.kept
         logits_CV.scatter_add_(-1, rows.ids, -inside)
-        rest = logits_CV.sum(-1)
+        rest = logits_CV.sum(-1) * unit
+        total = rest + inside.sum(-1) * unit
     return Seen(
         largest=largest,
-        total=logits_CV.sum(-1) if rest is None else rest + inside.sum(-1),
+        total=total,
         dot=dot,
-        hard_total=None if hard_CV is None else hard_CV.sum(-1),
+        unit=unit,
+        hard_total=hard_total,
+        hard_unit=hard_unit,
         rest=rest,
         picked=None if rows.kept is None else picked,
         hard_CV=hard_CV,
@@ -244,11 +255,9 @@ def write_(logits_CV: Tensor, rows: Rows, seen: Seen, options: LossOptions, scal
     inside, outside = inside / temperature, outside / temperature
     if hard is not None and seen.hard_CV is None:  # one softmax for both
         inside, outside, hard = inside + hard, outside + hard, None
-    shrink = 1 if seen.shrink is None else seen.shrink
-    logits_CV *= (scale * shrink * outside / seen.total)[:, None]
-    if hard is not None and seen.hard_CV is not None and seen.hard_total is not None:
-        hard_shrink = 1 if seen.hard_shrink is None else seen.hard_shrink
-        logits_CV.addcmul_(seen.hard_CV, (scale * hard_shrink * hard / seen.hard_total)[:, None])
+    logits_CV *= (scale * outside * (seen.unit / seen.total))[:, None]
+    if hard is not None and seen.hard_CV is not None and seen.hard_unit is not None and seen.hard_total is not None:
+        logits_CV.addcmul_(seen.hard_CV, (scale * hard * (seen.hard_unit / seen.hard_total))[:, None])
     if rows.uniform is not None:
         logits_CV -= (scale * rows.uniform)[:, None]
     sparse = rows.sparse

@@ -157,7 +157,10 @@ class Passes(TorchDispatchMode):
         out = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
         read = [x.numel() for x in (*args, out) if isinstance(x, torch.Tensor)]
-        if name not in ("slice", "view", "empty", "detach", "t", "alias") and max(read, default=0) >= self.size:
+        if (
+            name not in ("slice", "view", "empty", "detach", "t", "alias", "permute")
+            and max(read, default=0) >= self.size
+        ):
             self.large[name] += 1
         if name == "mm":
             self.product_rows.append(len(args[0]))
@@ -180,7 +183,7 @@ def test_no_option_costs_a_pass_over_the_vocabulary():
     """Cross-entropy, z-loss, token weights, num_items and residuals change no operator over [C, V]; T adds its own."""
     plain = passes().large
     assert plain["mm"] + plain["addmm"] == 3
-    assert plain.total() <= 3 + 8  # gather, max, subtract, exp, sum, scale, scatter, and one to spare
+    assert plain.total() == 3 + 6  # gather, largest logit, softmax, largest share, scale, scatter
     labels = torch.arange(32)
     mixed = {"ce_weight": 0.1, "z_loss": 1e-4, "token_weights": torch.ones(32), "num_items_in_batch": 7}
     for residual in ("none", "label", "renormalize"):
@@ -188,7 +191,9 @@ def test_no_option_costs_a_pass_over_the_vocabulary():
     smooth = passes(labels=labels, residual="smooth", **mixed).large - plain
     assert smooth == Counter({"sum": 1, "sub_": 1})
     hot = passes(labels=labels, temperature=2.0, **mixed).large - plain
-    assert hot == Counter({"exp": 1, "div_": 1, "sum": 1, "addcmul_": 1})
+    assert hot == Counter({"pow": 1, "div_": 1, "sum": 1, "addcmul_": 1})  # exp(z) is the square of exp(z / 2)
+    hot = passes(labels=labels, temperature=3.0, **mixed).large - plain
+    assert hot == Counter({"_softmax": 1, "div_": 1, "amax": 1, "addcmul_": 1})
 
 
 def test_ignored_positions_are_left_out_of_the_products():
