@@ -170,7 +170,7 @@ def systematic(
 
     Two ids' counts are dependent through the order of ids. A gradient is linear in the weights, so dependence never
     moves its mean, and for a gradient that separates ids (the logits') not even its squared error; a parameter's
-    gradient has a quarter less noise where neighbours are alike (`sample(order=)`, vocabulary_order.py, docs/LOG.md).
+    gradient has 13 to 26 % less noise where neighbours are alike (`sample(order=)`, vocabulary_order.py, docs/LOG.md).
 
     Returns:
         ids [N, K] ascending and distinct, K the largest number of distinct ids among these positions.
