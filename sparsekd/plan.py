@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from sparsekd import models, plots
 from sparsekd.checks import check_at_least, check_seed, make_folder
@@ -20,7 +21,7 @@ from sparsekd.drawing import default_shard_rows
 from sparsekd.errors import RecipeError
 from sparsekd.files import write_json
 from sparsekd.packed import RowsReader
-from sparsekd.plan_measures import Reading, Tally, bytes_by_codec, expected_angle, read_batch, unbiased
+from sparsekd.plan_measures import Reading, Tally, bytes_by_codec, expected_angle, position_angles, read_batch, unbiased
 
 # The paper's setting: 50 draws with replacement, 24 bits an id.
 PAPER = {"name": "random_sampling", "rounds": 50}
@@ -66,7 +67,8 @@ def plan(
         batch_tokens: the batch that the angle is of; default: the tokens that the teacher reads. The noise of draws
             falls with the square root of the batch, a biased sampler's error does not.
         student: a model whose head's gradient the angle is of; default: a stand-in that knows only the frequencies of
-            tokens, on the teacher's last hidden states.
+            tokens, on the teacher's last hidden states. With one the plan also says what keeping half of the positions
+            (`capture positions=0.5`) would make of the choice's angle.
         split: of the rows.
         rounds: of random_sampling and systematic to compare; default 8 to 100.
         top_k: of top_k to compare; default 12, 50, 300.
@@ -109,7 +111,7 @@ def plan(
         "teacher": teacher,
         "rows": str(rows),
         "vocabulary": read.width,
-        "entropy": read.entropy / read.positions,
+        "entropy": float(torch.cat(read.entropies).mean()),
         "sampled_tokens": len(chosen) * reader.seq_len,
         "batch_tokens": batch,
         "tokens": total,
@@ -117,6 +119,7 @@ def plan(
         "student": student,
         "options": options,
         "chosen": best,
+        "half_the_positions": position_angles(tallies[best], read, batch / sampled),
         "recipe": str(Path(out) / "capture.yaml"),
     }
     _write(Path(out), result, split, plot)
@@ -192,6 +195,9 @@ def plan_text(result: Mapping[str, Any]) -> str:
     for row in table:
         cells = [row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
         lines.append("  ".join(cells).rstrip())
+    if result.get("half_the_positions"):
+        angles = ", ".join(f"{angle:.2f} by {by}" for by, angle in result["half_the_positions"].items())
+        lines += ["", f"the choice at half the positions, so half the bytes (positions=0.5): {angles} degrees"]
     return "\n".join(lines)
 
 

@@ -22,6 +22,7 @@ from sparsekd.errors import MismatchError, RecipeError
 from sparsekd.flat import FlatTargets
 from sparsekd.folder import RowRecord, expected_row_bytes
 from sparsekd.packed import RowsReader
+from sparsekd.position_budget import LAWS, calibrate, inclusion
 from sparsekd.samplers import count_rounds, is_unbiased, sample
 from sparsekd.variance import fidelity, head_noise
 
@@ -39,6 +40,7 @@ class Tally:
         noise: E‖G - E[G]‖² of the gradient in the head's weight.
         seconds: spent drawing.
         flat: the targets drawn, row by row.
+        variance: [N] of the positions' targets, a part for each chunk.
         gradient: E[G]; full distillation's own when the sampler is unbiased.
     """
 
@@ -49,6 +51,7 @@ class Tally:
     noise: float = 0.0
     seconds: float = 0.0
     flat: list[FlatTargets] = field(default_factory=list)
+    variance: list[Tensor] = field(default_factory=list)
     gradient: Gradient | None = None
 
 
@@ -94,9 +97,13 @@ class Reading:
                 f"{models.logit_width(self.student)}; an angle needs one vocabulary"
             )
         self.unigram_V = torch.zeros(self.width, dtype=torch.float64, device=self.model.device)
-        self.entropy = self.seconds = 0.0
+        self.seconds = 0.0
         self.positions = 0
         self.tokens: list[np.ndarray] = []
+        # Of every position, a part for each chunk: entropy, ‖h‖², and ‖q - p‖² under a student.
+        self.entropies: list[Tensor] = []
+        self.lengths: list[Tensor] = []
+        self.pulls: list[Tensor] = []
         self.full = self._gradient()
 
     def _gradient(self) -> Gradient | None:
@@ -154,7 +161,10 @@ def read_batch(read: Reading, numbers: Sequence[int], tallies: Sequence[Tally], 
     for part, logits_CV, hidden_CH, student_CV in read.pass_rows(tokens_BL):
         p_CV = logits_CV.double().softmax(-1)
         read.unigram_V += p_CV.sum(0)
-        read.entropy -= float(torch.xlogy(p_CV, p_CV).sum())
+        read.entropies.append(-torch.xlogy(p_CV, p_CV).sum(-1).cpu())
+        if student_CV is not None:
+            read.lengths.append(hidden_CH.double().square().sum(-1).cpu())
+            read.pulls.append((student_CV.double() - p_CV).square().sum(-1).cpu())
         read.positions += len(p_CV)
         if read.full is not None:
             read.full.add(p_CV, hidden_CH, student_CV)
@@ -174,6 +184,7 @@ def _add_exact(tally: Tally, read: Reading, p_CV: Tensor, hidden_CH: Tensor, stu
     tally.error += float(found.squared_error.sum())
     tally.bias += float(found.bias.sum())
     tally.ids += float(found.ids.sum())
+    tally.variance.append(found.variance.cpu())
     if tally.gradient is not None:
         tally.noise += float(head_noise(found.variance, hidden_CH))
         if tally.gradient is not read.full:
@@ -231,6 +242,25 @@ def expected_angle(tally: Tally, read: Reading, times: float) -> float | None:
     along = float((own * full).sum() / full.norm())
     across = 0.0 if tally.gradient is read.full else max(float(own.square().sum()) - along**2, 0.0)
     return math.degrees(math.atan2(math.sqrt(across + tally.noise / times), along))
+
+
+def position_angles(tally: Tally, read: Reading, times: float, share: float = 0.5) -> dict[str, float] | None:
+    """The expected angle if a share of the positions were kept, by `capture positions_by=`; None without a student.
+
+    A position kept with probability π and weighing 1/π has the noise (v + g²)/π - g², v its targets' variance and g its
+    whole gradient.
+    """
+    if not read.pulls or read.full is None or tally.gradient is not read.full:
+        return None
+    entropy, length, pull = (torch.cat(parts) for parts in (read.entropies, read.lengths, read.pulls))
+    chances = {"evenly": torch.full_like(entropy, share)}
+    chances |= {by: inclusion(calibrate(entropy, by, share).levels(entropy)) for by in LAWS}
+    along = float(read.full.value(read.unigram_V / read.positions).double().norm())
+    found = {}
+    for by, pi in chances.items():
+        noise = float((((torch.cat(tally.variance) + pull) / pi - pull) * length).sum())
+        found[by] = math.degrees(math.atan2(math.sqrt(noise / times), along))
+    return found
 
 
 def _named(sampler: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -20,7 +20,9 @@ from sparsekd.cli import app
 from sparsekd.codec import encode_row
 from sparsekd.errors import MismatchError, RecipeError
 from sparsekd.packed import RowsReader
-from sparsekd.plan import candidates, choose, plan
+from sparsekd.plan import candidates, choose, plan, plan_text
+from sparsekd.position_budget import calibrate, entropies, inclusion
+from sparsekd.rng import Keys
 from sparsekd.shard import row_index_bytes
 
 SMALL = {"rounds": [10, 20], "top_k": [5], "device": "cpu"}
@@ -126,6 +128,41 @@ def test_a_larger_batch_quiets_draws_not_bias(world, planned, tmp_path):
     for before, after in zip(planned["options"], larger["options"], strict=True):
         tangents = [math.tan(math.radians(o["angle"])) for o in (before, after)]
         assert tangents[0] / tangents[1] == pytest.approx(2 if before["unbiased"] else 1, rel=1e-4)
+
+
+@torch.no_grad()
+def test_the_price_of_half_the_positions_is_that_of_draws(world, tmp_path):
+    """Over 60 seeds: positions kept by the law's coins, weighing the inverse; evenly is worked out by hand."""
+    student = tmp_path / "student"
+    models.new_student({"family": "tiny"}, vocab_size=300, seq_len=64).save_pretrained(student)
+    reader = RowsReader(world.rows, "heldout")
+    whole = {"split": "heldout", "sample_tokens": len(reader) * reader.seq_len, "fidelity": "paper"}
+    settings = whole | SMALL | {"student": str(student), "rounds": [40]}
+    result = plan(rows=world.rows, teacher=world.teacher, out=tmp_path / "p", **settings)
+    assert "half the positions" in plan_text(result)
+    tokens = torch.from_numpy(reader.batch(range(len(reader))).input_ids.astype(np.int64))
+    teacher, learner = (models.open_model(str(path), device="cpu") for path in (world.teacher, student))
+    logits = teacher(input_ids=tokens).logits[:, :-1].flatten(0, 1)
+    hidden = models.body_of(learner)(input_ids=tokens).last_hidden_state[:, :-1].flatten(0, 1).double()
+    p, q = logits.double().softmax(-1), learner(input_ids=tokens).logits[:, :-1].flatten(0, 1).double().softmax(-1)
+    full = (q - p).T @ hidden
+    rows = torch.arange(len(reader)).repeat_interleave(tokens.shape[1] - 1)
+    positions = torch.arange(tokens.shape[1] - 1).repeat(len(reader))
+    sampler = dict(result["options"][result["chosen"]]["sampler"])
+    name, found = sampler.pop("name"), result["half_the_positions"]
+    for by in found:
+        pi = torch.full((len(p),), 0.5, dtype=torch.float64)
+        if by != "evenly":
+            pi = inclusion(calibrate(entropies(logits), by, 0.5).levels(entropies(logits)))
+        noise = []
+        for seed in range(60):
+            keys = Keys(seed=seed, rows=rows, positions=positions)
+            drawn = skd.sample(logits, name, seed=seed, rows=rows, positions=positions, **sampler).densify(300).double()
+            gradient = ((q - drawn) * (keys.coins() < pi)[:, None] / pi[:, None]).T @ hidden
+            noise.append(float((gradient - full).square().sum()))
+        angle = math.degrees(math.atan2(math.sqrt(np.mean(noise)), float(full.norm())))
+        assert found[by] == pytest.approx(angle, rel=0.06)
+    assert result["options"][result["chosen"]]["angle"] < min(found.values())
 
 
 def test_a_student_of_ones_own(world, tmp_path):
