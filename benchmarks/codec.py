@@ -1,11 +1,11 @@
 """What a cache of counts costs in each codec, beside the entropy of its data: bytes per token and rates, in one run.
 
-    python benchmarks/codec.py [CACHE] [--rows 0] [--seq-len 0]
+    python benchmarks/codec.py [CACHE] [--rows 0] [--seq-len 0] [--rounds 50]
 
 Without a cache, a small language model is trained on the standard library's source text (V = 8,192, a few minutes) and
-its draws are taken. Bytes are those of the targets; "with input" adds the input ids. Decoding is to the flat arrays
-of a row, each let go before the next; "batch" goes on to input ids, ids by rank, and padded arrays. Where the extra
-`fast` is installed, what it compiles has lines of its own.
+its draws are taken (--rounds of them). Bytes and the first two rates are those of the targets; "row" has whole rows,
+input ids and ids by rank included. Decoding is to the flat arrays of a row, each let go before the next; "batch" goes
+on to padded arrays. Where the extra `fast` is installed, what it compiles has lines of its own.
 
 The floor is that of a model which knows, as empirical frequencies of this very data: how often each partition of N into
 counts occurs, and how often each id does; ids of one count of a position are a set. A position with groups of g_1, g_2,
@@ -73,8 +73,9 @@ def floor_bytes(flat: FlatTargets) -> tuple[float, float]:
 # --- codecs ---------------------------------------------------------------------------------------------
 
 
-def measure_codec(name: str, records: list[RowRecord], width: int) -> tuple[float, float, float, float, float]:
-    """Bytes per position, Mtokens/s encoding, decoding and to a batch, and bytes per token with input ids."""
+def measure_codec(name: str, records: list[RowRecord], width: int) -> list[float]:
+    """Bytes per position, Mtokens/s of encoding and decoding targets, of the same for rows, and to a batch, and bytes
+    per token with input ids."""
     spec = codec_spec(name, logit_width=width, rounds=records[0].targets.rounds)
     ranked = id_ranks([r.targets for r in records], width) if CODECS[name].ranked else None
     ranks, ids, table = (ranked.ranks, ranked.ids, len(ranked.table)) if ranked else (None, None, 0)
@@ -85,12 +86,20 @@ def measure_codec(name: str, records: list[RowRecord], width: int) -> tuple[floa
     encoding = best_seconds(lambda: [encode(flat, spec) for flat in flats])
     decoding = best_seconds(lambda: all(decode(b, n, spec).rounds for b, n in zip(blocks, sizes, strict=True)))
     rows = [encode_row(r.input_ids, r.targets, r.supervised, spec, ranks) for r in records]
+    row_encoding = best_seconds(
+        lambda: [encode_row(r.input_ids, r.targets, r.supervised, spec, ranks) for r in records]
+    )
+    row_decoding = best_seconds(lambda: all(_row(row, r, spec, ids) for row, r in zip(rows, records, strict=True)))
     for row, record in zip(rows, records, strict=True):
         _check(decode_row(row, len(record.input_ids), record.supervised, spec, ids), record)
     batching = best_seconds(lambda: all(_batch(row, r, spec, ids) for row, r in zip(rows, records, strict=True)))
     whole = (sum(map(len, rows)) + table) / sum(len(r.input_ids) for r in records)
-    rates = [tokens / seconds / 1e6 for seconds in (encoding, decoding, batching)]
-    return (sum(map(len, blocks)) + table) / tokens, rates[0], rates[1], rates[2], whole
+    rates = [tokens / seconds / 1e6 for seconds in (encoding, decoding, row_encoding, row_decoding, batching)]
+    return [(sum(map(len, blocks)) + table) / tokens, *rates, whole]
+
+
+def _row(row: bytes, record: RowRecord, spec: dict, ids: np.ndarray | None) -> bool:
+    return len(decode_row(row, len(record.input_ids), record.supervised, spec, ids)[0]) > 0
 
 
 def _batch(row: bytes, record: RowRecord, spec: dict, ids: np.ndarray | None) -> bool:
@@ -137,8 +146,8 @@ def measure_parquet(records: list[RowRecord], row_groups: bool) -> tuple[float, 
 # --- data -----------------------------------------------------------------------------------------------
 
 
-def trained_cache(folder: str) -> str:
-    """A cache of 50 draws from a language model that was just trained."""
+def trained_cache(folder: str, rounds: int) -> str:
+    """A cache of draws from a language model that was just trained."""
     from sparsekd.lab import Arm, Lab, LabSettings
     from sparsekd.vocab import quiet_transformers
 
@@ -153,13 +162,16 @@ def trained_cache(folder: str) -> str:
         batch_size=8,
         student_rows=256,
     )
-    draws = {"name": "random_sampling", "rounds": 50}
-    return Lab(folder, settings).cache(Arm(label="Random sampling", sampler=draws, codec="raw24", train={}))
+    draws = {"name": "random_sampling", "rounds": rounds}
+    return Lab(folder, settings).cache(Arm(label="Random sampling", sampler=draws, codec="raw40", train={}))
 
 
 def cut(records: list[RowRecord], seq_len: int) -> list[RowRecord]:
-    """Rows of `seq_len` tokens; a position whose next token is in the next row is left out."""
-    found = []
+    """Rows of `seq_len` tokens, cut or joined; a position whose next token is in the next row is left out."""
+    found, times = [], seq_len // len(records[0].input_ids)
+    if times > 1:
+        joined = range(0, len(records) - times + 1, times)
+        return [_joined(records[begin : begin + times]) for begin in joined]
     for record in records:
         owners = np.cumsum(record.supervised[1:]) - 1
         for begin in range(0, len(record.input_ids) - seq_len + 1, seq_len):
@@ -174,6 +186,19 @@ def cut(records: list[RowRecord], seq_len: int) -> list[RowRecord]:
                 )
             )
     return found
+
+
+def _joined(records: list[RowRecord]) -> RowRecord:
+    """One row of some; the first token of each is not learnt."""
+    length = len(records[0].input_ids)
+    supervised = np.concatenate([record.supervised for record in records])
+    supervised[::length] = False
+    return RowRecord(
+        input_ids=np.concatenate([record.input_ids for record in records]),
+        targets=FlatTargets.join([record.targets for record in records]),
+        starts=np.concatenate([record.starts for record in records]),
+        supervised=supervised,
+    )
 
 
 def report(path: str, most_rows: int, seq_len: int) -> None:
@@ -192,8 +217,8 @@ def report(path: str, most_rows: int, seq_len: int) -> None:
         f"zstd {zstd_version()}, one thread"
     )
     print(
-        f"{'':<26}{'bytes/token':>12}{'/ floor':>9}{'/ paper':>9}{'enc Mtok/s':>12}{'dec Mtok/s':>12}{'batch Mt/s':>12}"
-        f"{'with input':>12}"
+        f"{'':<26}{'bytes/token':>12}{'/ floor':>9}{'/ paper':>9}{'enc Mtok/s':>12}{'dec Mtok/s':>12}{'row enc':>12}"
+        f"{'row dec':>12}{'batch Mt/s':>12}{'with input':>12}"
     )
 
     def line(name: str, size: float, *rates: float) -> None:
@@ -219,13 +244,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cache", nargs="?")
     parser.add_argument("--rows", type=int, default=0, help="at most so many rows (0: all)")
-    parser.add_argument("--seq-len", type=int, default=0, help="cut rows to this length (0: as they are)")
+    parser.add_argument("--seq-len", type=int, default=0, help="cut or join rows to this length (0: as they are)")
+    parser.add_argument("--rounds", type=int, default=50, help="draws of the model that is trained here")
     options = parser.parse_args()
     if options.cache:
         report(options.cache, options.rows, options.seq_len)
         return
     with tempfile.TemporaryDirectory() as folder:
-        report(trained_cache(folder), options.rows, options.seq_len)
+        report(trained_cache(folder, options.rounds), options.rows, options.seq_len)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from . import compiled
 from .codec_counts import decode_counts, decode_importance, encode_counts, encode_importance
 from .codec_curve import are_edges, decode_curve, encode_curve
 from .codec_ints import zstd_version
@@ -374,7 +375,13 @@ def decode_row(
     if seq_len and int(input_ids.max()) >= width:
         raise FormatError(f"input id {input_ids.max()}, but logit_width={width}; the file is damaged")
     _check_ids(flat, spec)
-    return (input_ids, flat) if ids is None else (ids[input_ids], replace(flat, ids=ids[flat.ids]))
+    return (input_ids, flat) if ids is None else (ids[input_ids], replace(flat, ids=_renumbered(flat.ids, ids)))
+
+
+def _renumbered(numbers: Array, ids: Array) -> Array:
+    """ids[numbers]; compiled, in the memory of the numbers, which are the decoder's own."""
+    fast = compiled.kernels()
+    return numbers if fast and fast.renumber(np.asarray(ids, np.uint32), numbers) else ids[numbers]
 
 
 def _decode_plain_row(block: bytes, seq_len: int, supervised: Array, spec: Spec) -> tuple[Array, FlatTargets]:

@@ -241,13 +241,16 @@ def sort_keys(
         left, many, here, told = np.int64(rounds), 0, np.uint32(mark + p), np.uint64(_NONE)
         for i in range(at, at + sizes[p]):
             token, count = np.uint64(ids[i]), np.int64(counts[i])
-            if token >= np.uint64(width) or seen[token] == here or not 1 <= count <= left:
+            if token >= np.uint64(width) or not 1 <= count <= left:
                 return -1, 0, 0
-            seen[token] = here
+            number = np.uint64(table[token] if ranked else token)
+            if number >= np.uint64(width) or seen[number] == here:  # by rank: frequent ids are close together
+                return -1, 0, 0
+            seen[number] = here
             left -= count
             many += count > 1
             key = ((p & group - 1) << count_bits) + rounds - count
-            keys[i] = (np.uint64(key) << np.uint64(id_bits)) + np.uint64(table[token] if ranked else token)
+            keys[i] = (np.uint64(key) << np.uint64(id_bits)) + number
             if token == following:
                 told = np.uint64(keys[i])
         if left:
@@ -370,6 +373,14 @@ def inputs(values, ids, sizes, supervised, tokens):
             tokens[i] = values[spelled]
             spelled += 1
     return p == positions and spelled == len(values)
+
+
+@_compiled(_NUMBERS, types.int64[::1])
+def tally(ids, uses):
+    """`uses[each] += 1` for each id that is below len(uses)."""
+    for each in ids:
+        if each < len(uses):
+            uses[each] += 1
 
 
 @_compiled(_NUMBERS, _OUT32)

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from . import compiled
 from .codec_ints import FIRST, MOST_VALUES, join_ints, read_classes
 from .codec_split import decode_split, decode_split_row, encode_split, encode_split_row, most_values
-from .compiled import kernels, scratch, stamps
+from .compiled import scratch, stamps
 from .flat import FlatTargets
 
 Array = NDArray[Any]
@@ -33,7 +34,7 @@ def encode_quickly(
     input_ids: Array, flat: FlatTargets, supervised: Array, spec: Spec, table: Array | None
 ) -> bytes | None:
     """`encode_split_row` (no input ids: `encode_split`) with ids by `table` [V]."""
-    fast, rounds, width = kernels(len(flat.ids)), spec["rounds"], spec["logit_width"]
+    fast, rounds, width = compiled.kernels(len(flat.ids)), spec["rounds"], spec["logit_width"]
     id_bits = (width - 1).bit_length()
     group_bits = min(_GROUP_BITS, _KEY_BITS - id_bits - (rounds - 1).bit_length())
     if fast is None or flat.rounds != rounds or not len(flat.sizes) or group_bits < 1:
@@ -82,7 +83,7 @@ def decode_quickly(
     data: bytes, positions: int, supervised: Array, spec: Spec, table: Array | None
 ) -> tuple[Array, FlatTargets] | None:
     """`decode_split_row` (nothing supervised: `decode_split`) with the id of each number by `table` [V]."""
-    fast, rounds, width = kernels(), spec["rounds"], spec["logit_width"]
+    fast, rounds, width = compiled.kernels(), spec["rounds"], spec["logit_width"]
     if fast is None or not len(data):
         return None
     classes, end = read_classes(data, most_values(positions, len(supervised), spec))

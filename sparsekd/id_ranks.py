@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from . import compiled
 from .codec_ints import decode_ints, encode_ints
 from .errors import FormatError
 from .flat import FlatTargets
@@ -38,15 +39,28 @@ class IdRanks:
 
 def id_ranks(targets: Iterable[FlatTargets], logit_width: int, least: int = _LEAST) -> IdRanks:
     """Ranks by the number of entries; the table holds the ids of at least `least` (32 in a shard), ties by id."""
-    uses = np.zeros(logit_width, np.int64)
-    for flat in targets:
-        uses += np.bincount(flat.ids[flat.ids < logit_width], minlength=logit_width)
-    order = np.argsort(-uses, kind="stable")
-    table = encode_ints([order[: int((uses >= least).sum())]])
+    uses = _uses((flat.ids for flat in targets), logit_width)
+    frequent = np.flatnonzero(uses >= least)
+    table = encode_ints([frequent[np.argsort(-uses[frequent], kind="stable")]])
     ids = ids_of_ranks(table, logit_width)
     ranks = np.empty(logit_width, np.uint32)
     ranks[ids] = np.arange(logit_width, dtype=np.uint32)
     return IdRanks(table=table, ids=ids, ranks=ranks)
+
+
+def _uses(parts: Iterable[Array], logit_width: int) -> Array:
+    """[V] how often each id below V is there."""
+    uses, count, fast = np.zeros(logit_width, np.int64), 0, compiled.kernels()
+    waiting: list[Array] = []
+    for ids in parts:
+        if fast and ids.dtype == np.uint32 and ids.flags.c_contiguous:
+            fast.tally(ids, uses)
+            continue
+        waiting, count = [*waiting, ids[ids < logit_width]], count + len(ids)
+        if count >= logit_width:  # each `bincount` makes V numbers, many more than a short row has ids
+            uses += np.bincount(np.concatenate(waiting), minlength=logit_width)
+            waiting, count = [], 0
+    return uses + np.bincount(np.concatenate([np.zeros(0, np.uint32), *waiting]), minlength=logit_width)
 
 
 def ids_of_ranks(data: bytes, logit_width: int) -> Array:

@@ -126,6 +126,18 @@ def test_long_rows_are_sorted_in_groups():
             assert encode_quickly(flat.ids[:0], more, np.zeros(0, bool), spec_of(width, rounds), None) == fast
 
 
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32), width=st.sampled_from([3, 40, 3000]))
+def test_ranks(seed, width):
+    """Ids counted one by one are those counted together, ids beyond the vocabulary left out."""
+    flats = [draws(np.random.default_rng((seed, i)), 30, width + 2) for i in range(4)]
+    numpy, fast = both_ways(lambda: id_ranks(flats, width, least=2).table)
+    assert numpy == fast
+    uses = np.bincount(np.concatenate([flat.ids for flat in flats]), minlength=width)[:width]
+    kept = sorted((token for token in range(width) if uses[token] >= 2), key=lambda token: (-uses[token], token))
+    assert decode_ints(fast, width)[0].tolist() == kept
+
+
 def damaged_targets():
     """(targets of two positions, 5 rounds, V = 10; input ids; supervised) with one thing wrong each, but the first."""
     fine = {"ids": [3, 9, 7], "values": [4, 1, 5], "sizes": [2, 1], "input_ids": [5, 9, 7], "supervised": [0, 1, 1]}
@@ -323,6 +335,7 @@ def test_no_hostile_list_leads_out_of_bounds():
             supervised, tokens = guarded(supervised, bool), guarded(np.zeros(len(supervised)), np.uint32)
             fast.inputs.py_func(guarded(values, np.uint32), ids, guarded(sizes, np.int64), supervised, tokens)
             fast.renumber.py_func(guarded(range(29), np.uint32), ids)
+            fast.tally.py_func(ids, guarded(np.zeros(29), np.int64))
             room = [guarded(np.zeros((len(supervised), 2)), dtype) for dtype in (np.int64, np.float32)]
             fast.pad.py_func(ids, guarded(ids, np.float32), guarded(sizes, np.int64), supervised, *room)
 
