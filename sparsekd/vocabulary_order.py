@@ -56,17 +56,19 @@ def order_hash(order_V: Tensor) -> str:
 
 def _on_grid(head_VH: Tensor) -> Tensor:
     """[V, D] float32 whole numbers: the rows on a grid, beyond `COLUMNS` their signed sums in groups of columns."""
-    largest, width = float(head_VH.abs().max()), head_VH.shape[1]
+    width = head_VH.shape[1]
+    parts = head_VH.split(max(1, _CHUNK * COLUMNS // width))
+    largest = float(torch.stack([rows.abs().max() for rows in parts]).max())
     if not math.isfinite(largest):
         raise ModelError("the teacher's head holds NaN or inf, there is no order of its rows; take sampler.order=ids")
     group = -(-width // COLUMNS)
     # A column's sign from a multiplicative hash: signed sums of hidden dimensions keep distances, on average.
     signs = 1 - 2 * ((torch.arange(width, device=head_VH.device) * 2654435769 >> 31) & 1).float()
-    parts = []
-    for rows in head_VH.split(max(1, _CHUNK * COLUMNS // width)):
+    sums = []
+    for rows in parts:
         whole = (rows.float() * (_GRID / max(largest, 1e-30))).round_().mul_(signs)
-        parts.append(torch.nn.functional.pad(whole, (0, -width % group)).unflatten(-1, (group, -1)).sum(1))
-    return torch.cat(parts)
+        sums.append(torch.nn.functional.pad(whole, (0, -width % group)).unflatten(-1, (group, -1)).sum(1))
+    return torch.cat(sums)
 
 
 def _runs(count: int, size: int) -> Iterator[tuple[slice, int]]:
