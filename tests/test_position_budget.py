@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -181,6 +182,9 @@ def spec_of(**changes):
 
 def test_scales_have_the_bytes_that_the_format_page_shows():
     """By hand; weights are counts over rounds times the scale."""
+    page = (Path(__file__).parents[1] / "docs" / "format.md").read_text().splitlines()
+    shown = ["".join(line.split()[1:]) for line in page if line.startswith("levels   ")]
+    assert shown == [GOLDEN.replace(" ", "")]
     assert encode(FLAT, spec_of()) == bytes.fromhex(GOLDEN)
     found = decode(bytes.fromhex(GOLDEN), 2, spec_of())
     np.testing.assert_allclose(found.scale, FLAT.scale, rtol=1e-15)
