@@ -64,11 +64,12 @@ def _on_grid(head_VH: Tensor) -> Tensor:
     group = -(-width // COLUMNS)
     # A column's sign from a multiplicative hash: signed sums of hidden dimensions keep distances, on average.
     signs = 1 - 2 * ((torch.arange(width, device=head_VH.device) * 2654435769 >> 31) & 1).float()
-    sums = []
-    for rows in parts:
+    # Written into one tensor: results that stay between the buffers of each part kept ten times their size from reuse.
+    grid_VD = torch.empty(len(head_VH), -(-width // group), dtype=torch.float32, device=head_VH.device)
+    for rows, out in zip(parts, grid_VD.split(len(parts[0])), strict=True):
         whole = (rows.float() * (_GRID / max(largest, 1e-30))).round_().mul_(signs)
-        sums.append(torch.nn.functional.pad(whole, (0, -width % group)).unflatten(-1, (group, -1)).sum(1))
-    return torch.cat(sums)
+        torch.sum(torch.nn.functional.pad(whole, (0, -width % group)).unflatten(-1, (group, -1)), 1, out=out)
+    return grid_VD
 
 
 def _runs(count: int, size: int) -> Iterator[tuple[slice, int]]:
