@@ -123,7 +123,9 @@ def make_world(lab: Lab) -> World:
         draws, tokenizer, home / "cache-inside", unresolved="set", chain=3, seq_len=survey["seq_len"]
     )
     point, _ = _transcoded(draws, tokenizer, home / "cache-point", unresolved="point", seq_len=survey["seq_len"])
-    said, _ = _transcoded(teachers_text(lab, home), tokenizer, home / "cache-text", seq_len=survey["seq_len"])
+    said, _ = _transcoded(
+        teachers_text(lab, home), tokenizer, home / "cache-text", unresolved="point", seq_len=survey["seq_len"]
+    )
     caches = {CE: sets, TEXT: said, CE_THEIRS: draws, CEILING: draws} | dict.fromkeys(CROSS, curves)
     caches |= {SETS: sets, SETS_DRAWS: inside} | dict.fromkeys((POINT, POINT_CE), point)
     # As much text before a held-out token as the teacher's rows have.

@@ -322,7 +322,7 @@ def _netted(kept: list[Entries], masses: dict[str, Array], sets: OpenSets) -> Re
 
 
 UNRESOLVED: dict[str, Callable[[Draws, Places, Answers, int], Rewritten]] = {
+    "set": _as_sets,
     "point": partial(_as_tokens, _as_points),
     "drop": partial(_as_tokens, _dropped),
-    "set": _as_sets,
 }

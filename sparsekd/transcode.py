@@ -61,7 +61,7 @@ def transcode(
     cache: str | Path,
     tokenizer: str,
     out: str | Path | None = None,
-    unresolved: str = "point",
+    unresolved: str = "set",
     chain: int | None = None,
     seq_len: int | None = None,
     workers: int = 1,
@@ -79,9 +79,10 @@ def transcode(
         cache: captured from the teacher; it must carry the teacher's tokenizer (`capture` puts it there).
         tokenizer: the student's, a folder or an id: byte-level BPE or SentencePiece (BPE, Unigram).
         out: the folder that takes the new cache.
-        unresolved: what becomes of a draw that more text might make a longer token: point (the token as it stands) or
-            drop (left out, the position's other draws take its weight) or set (all tokens that it may become; which of
-            them it is, the realised draw and the text tell: see `redraw`. `train` then takes the loss of prefix_sets).
+        unresolved: what becomes of a draw that more text might make a longer token: set (all tokens that it may become;
+            which of them it is, the text tells where the draw came true: see `redraw`. `train` then takes the loss of
+            prefix_sets), point (the token as it stands: biased) or drop (left out, the position's other draws take its
+            weight: biased).
         chain: how many positions a realised draw is followed to resolve it; default: 3, with sets 0: what is inside the
             realised draw's set is then told by the text's own token, else by the teacher's next draws.
         seq_len: tokens of a new row; default: the longest of some rows, so that next to nothing is cut.
@@ -168,6 +169,11 @@ def open_job(cache: str, tokenizer: str, unresolved: str, chain: int, seq_len: i
         raise MismatchError(
             f"{cache} holds sorted curves, which have no ids to rewrite; train on it with ULD, or capture with another "
             "sampler"
+        )
+    if "sets" in (reader.spec.data.get("transcoded") or {}):
+        raise MismatchError(
+            f"{cache} was transcoded and holds sets of tokens, which cannot be rewritten again; transcode what it "
+            "was made from"
         )
     pair = pair_of(_own_tokenizer(cache, reader), student, reader.spec.logit_width)
     answers = Answers(pair=pair)

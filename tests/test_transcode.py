@@ -312,7 +312,7 @@ def test_a_student_trains_on_it(world, tokenizers, tmp_path, unresolved):
 
 def test_refusals(world, tokenizers, tmp_path):
     """What cannot be transcoded is told with the way out."""
-    with pytest.raises(RecipeError, match="unresolved='x' is not one of point, drop, set"):
+    with pytest.raises(RecipeError, match="unresolved='x' is not one of set, point, drop"):
         transcode(cache=world.cache, tokenizer=tokenizers["other"], out=tmp_path / "t", unresolved="x")
     with pytest.raises(RecipeError, match="needs out=FOLDER, or dry_run=true"):
         transcode(cache=world.cache, tokenizer=tokenizers["other"])
@@ -321,9 +321,12 @@ def test_refusals(world, tokenizers, tmp_path):
         recompute(reader, world.teacher, rows=1)
     with pytest.raises(MismatchError, match=r"transcoded\.chain"):
         transcode(cache=world.cache, tokenizer=tokenizers["other"], out=tmp_path / "t", chain=1)
-    shutil.rmtree(tmp_path / "t" / "tokenizer")
+    with pytest.raises(MismatchError, match="holds sets of tokens"):
+        transcode(cache=tmp_path / "t", tokenizer=tokenizers["smaller"], out=tmp_path / "u")
+    transcode(cache=world.cache, tokenizer=tokenizers["other"], out=tmp_path / "p", unresolved="point")
+    shutil.rmtree(tmp_path / "p" / "tokenizer")
     with pytest.raises(SourceError, match="carries no tokenizer"):
-        transcode(cache=tmp_path / "t", tokenizer=tokenizers["other"], out=tmp_path / "u")
+        transcode(cache=tmp_path / "p", tokenizer=tokenizers["other"], out=tmp_path / "u")
 
 
 def test_a_control_token_without_counterpart_is_refused():
