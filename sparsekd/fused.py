@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparsekd.fused_chunks import FAST_ON_CPU, Gradients, Wanted, loss_and_gradients
+from sparsekd.fused_chunks import FAST_ON_CPU, Gradients, Wanted, finish_, loss_and_gradients
 from sparsekd.fused_parallel import VocabularyShard, gathered
 from sparsekd.losses import LossWords, kept_positions, safe_labels
 from sparsekd.row_losses import HeadForm, LossOptions, prepare
@@ -47,8 +47,8 @@ def fused_linear_sparse_kl(
     left out before the first product; on an accelerator only if `labels` are on the CPU, as nothing waits for a device.
 
     One node under `torch.compile`; works under gradient checkpointing, DDP and FSDP2 (a
-    head that is a DTensor is gathered for the step). No second derivative, and one backward:
-    it scales the gradients in place.
+    head that is a DTensor is gathered for the step). No second derivative, and one backward: it ends and scales the
+    gradients in place. On a CPU the last chunk's product waits for it, so that a factor on the loss costs no pass.
 
     Args:
         hidden: [..., H] states after the final norm.
@@ -99,11 +99,23 @@ def fused_linear_sparse_kl(
         _compute_dtype(hidden),
         [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, head_VH, bias)],
     )
-    if shard is None and accumulate_into is None:
+    defer = accumulate_into is None and _can_defer(*step[:2], compute=step[-2], head_wanted=step[-1][1])
+    if shard is None and accumulate_into is None and not defer:
         loss: Tensor = _fused_loss(*step)[0]
     else:
-        loss = _DirectLoss.apply(*step, shard, accumulate_into)
+        loss = _DirectLoss.apply(*step, shard, accumulate_into, defer)
     return loss
+
+
+def _can_defer(hidden: Tensor, head: Tensor, *, compute: torch.dtype, head_wanted: bool) -> bool:
+    """Whether the head's last product can wait for backward, as part of which a factor on the loss costs nothing.
+
+    On a CPU only: an accelerator's product takes its factors from the host, which would have to wait for them. Not in a
+    traced graph, and not where the sum is rounded to 16 bits at its end.
+    """
+    plain = all(type(each) in (Tensor, torch.nn.Parameter) for each in (hidden, head))
+    eager = plain and not torch.compiler.is_compiling() and hidden.device.type == "cpu"
+    return eager and head_wanted and head.dtype == compute and compute in (torch.float32, torch.float64)
 
 
 def _items(options: LossOptions, keep: Tensor) -> Tensor:
@@ -142,6 +154,7 @@ def _step(
     want: list[bool],
     shard: VocabularyShard | None = None,
     into: Tensor | None = None,
+    defer: bool = False,
 ) -> tuple[Tensor, Gradients]:
     """The arguments of an operator, which are numbers and tensors, as `loss_and_gradients` takes them."""
     alpha, temperature, zeta, scale, softcap = numbers
@@ -176,6 +189,7 @@ def _step(
             chunk_rows=chunk_rows or None,
             merge=None if shard is None else shard.merge,
             into=into,
+            defer=defer,
         )
     return total, gradients
 
@@ -241,17 +255,17 @@ def _scaled_(gradients: list[Tensor | None], grad: Tensor) -> list[Tensor | None
 
 
 class _DirectLoss(torch.autograd.Function):
-    """The same outside a compiled graph: with a process group to talk to, or a gradient to add to."""
+    """The same outside a compiled graph: a process group to talk to, a gradient to add to, or a product that waits."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        shard, into = arguments[-2:]
-        ctx.arguments, ctx.into = len(arguments), into is not None
+        shard, into, _ = arguments[-3:]
+        ctx.arguments, ctx.into, ctx.spent = len(arguments), into is not None, False
         loss, found = _step(*arguments)
         if shard is not None and found.hidden is not None:
             shard.add_up(found.hidden)
-        tensors = (found.hidden, None if ctx.into else found.head, found.bias)
-        ctx.present = [x is not None for x in tensors]
+        tensors = (found.hidden, None if ctx.into else found.head, found.bias, *(found.pending or ()))
+        ctx.present, ctx.started = [x is not None for x in tensors], found.started
         ctx.save_for_backward(*(x for x in tensors if x is not None))
         return loss
 
@@ -264,6 +278,17 @@ class _DirectLoss(torch.autograd.Function):
                 "accumulate_into holds the gradient of the loss itself, but backward came with a factor on it; "
                 "scale with num_items_in_batch or token_weights instead",
             )
+        if ctx.spent:
+            raise RuntimeError(
+                "a second backward through fused_linear_sparse_kl: its gradients are made in place, once"
+            )
         saved = iter(ctx.saved_tensors)
-        found = [next(saved) if present else None for present in ctx.present]
-        return (*_scaled_(found, grad), *[None] * (ctx.arguments - 3))
+        found: list[Any] = [next(saved) if present else None for present in ctx.present]
+        hidden, head, bias, *pending = found
+        if pending:
+            ctx.spent = True
+            head = finish_(head, pending[0], pending[1], factor=grad.item(), started=ctx.started)
+            hidden, bias = _scaled_([hidden, bias], grad)
+        else:
+            hidden, head, bias = _scaled_([hidden, head, bias], grad)
+        return (hidden, head, bias, *[None] * (ctx.arguments - 3))

@@ -54,11 +54,18 @@ class Wanted:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gradients:
-    """d Σ losses of hidden_NH, head_VH and bias_V; None where not wanted."""
+    """d Σ losses of hidden_NH, head_VH and bias_V; None where not wanted.
+
+    Attributes:
+        pending: dlogits [C, V] and hidden states [C, H] of the last chunk, where `head` waits for their product.
+        started: whether `head` holds other chunks' products; without, it is uninitialised memory.
+    """
 
     hidden: Tensor | None
     head: Tensor | None
     bias: Tensor | None
+    pending: tuple[Tensor, Tensor] | None = None
+    started: bool = True
 
 
 def loss_and_gradients(
@@ -76,6 +83,7 @@ def loss_and_gradients(
     chunk_rows: int | None = None,
     merge: Merge | None = None,
     into: Tensor | None = None,
+    defer: bool = False,
 ) -> tuple[Tensor, Gradients]:
     """Σ scale_N * losses and its gradients.
 
@@ -85,6 +93,7 @@ def loss_and_gradients(
         compute: dtype of the products; softmax, loss and the sum of head gradients are float32 (or float64).
         merge: sums over processes, for a head that is split by vocabulary.
         into: [V, H] where the head's gradient is added to, instead of a new tensor.
+        defer: leave the head's last product to `finish_`, which knows what the loss was multiplied by.
     """
     head, working = head_VH.to(compute), torch.promote_types(compute, torch.float32)
     step = chunk_rows or default_rows(head)
@@ -94,6 +103,7 @@ def loss_and_gradients(
         grad_hidden = torch.empty_like(hidden_NH) if picks is None else torch.zeros_like(hidden_NH)
     grad_head = _HeadGradient(head_VH, compute, single=len(rows) <= step, into=into) if wanted.head else None
     grad_bias = torch.zeros(len(head), dtype=working, device=head.device) if wanted.bias else None
+    pending = None
     for part in _parts(len(rows), step):
         chosen = part if picks is None else picks[part]
         hidden_CH = hidden_NH[chosen].to(compute)
@@ -109,13 +119,31 @@ def loss_and_gradients(
             grad_bias += logits_CV.sum(0, dtype=working)
         if grad_hidden is not None:
             _put(grad_hidden, chosen, logits_CV, head)
-        if grad_head is not None:
+        if defer and part.stop == len(rows):
+            pending = logits_CV, hidden_CH
+            _held.buffer = None  # until `finish_`
+        elif grad_head is not None:
             grad_head.add_(logits_CV, hidden_CH)
+    if grad_head is not None and pending is not None:
+        return total, Gradients(
+            hidden=grad_hidden,
+            head=grad_head.total,
+            bias=None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
+            pending=pending,
+            started=grad_head.started,
+        )
     return total, Gradients(
         hidden=grad_hidden,
         head=None if grad_head is None else grad_head.result(),
         bias=None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
     )
+
+
+def finish_(head_VH: Tensor, grad_CV: Tensor, hidden_CH: Tensor, factor: float, started: bool) -> Tensor:
+    """factor * (head_VH + grad_CV.T @ hidden_CH) in place: a product scales what it adds to, and no pass is needed."""
+    torch.addmm(head_VH, grad_CV.T, hidden_CH, beta=factor if started else 0, alpha=factor, out=head_VH)
+    _held.buffer = grad_CV.new_empty(0).set_(grad_CV.untyped_storage())  # whole: the last chunk may be a small one
+    return head_VH
 
 
 def head_product(hidden_CH: Tensor, head_VH: Tensor) -> Tensor:

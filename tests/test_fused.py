@@ -295,18 +295,52 @@ def test_under_gradient_checkpointing():
         torch.testing.assert_close(ours, true, atol=0, rtol=0)
 
 
-def test_a_second_backward_is_right_or_refused():
-    """Gradients are scaled in place: after a factor, a second backward is an error; without one, it is the same."""
-    hidden, head, _, targets, _ = example()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_second_backward_is_right_or_refused(dtype):
+    """Gradients are scaled in place: a second backward is an error, or (16 bits, no factor) the same once more."""
+    hidden, head, _, targets, _ = example(dtype)
     loss = skd.fused_linear_sparse_kl(hidden, head, targets)
     loss.backward(retain_graph=True)
     once = head.grad.clone()
-    loss.backward()
-    torch.testing.assert_close(head.grad, 2 * once)
+    if dtype == torch.bfloat16:
+        loss.backward()
+        torch.testing.assert_close(head.grad, 2 * once)
+    else:
+        with pytest.raises(RuntimeError, match="a second backward through fused_linear_sparse_kl"):
+            loss.backward()
     scaled = 3 * skd.fused_linear_sparse_kl(hidden, head, targets)
     scaled.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation|a second backward"):
         scaled.backward()
+
+
+def step_passes(factor: float) -> Counter:
+    """Operators of a step of 3 chunks that touch a tensor as large as the head."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(24, 64, generator=generator).requires_grad_()
+    head = torch.randn(512, 64, generator=generator).requires_grad_()
+    targets = SparseTargets(ids=torch.arange(4).expand(24, 4), weights=torch.rand(24, 4, generator=generator))
+    with Passes(512 * 64) as counted:
+        (factor * skd.fused_linear_sparse_kl(hidden, head, targets, chunk_rows=8)).backward()
+    return counted.large
+
+
+def test_a_factor_on_the_loss_costs_no_pass_over_the_head():
+    """The last chunk's product scales what it adds to; 2 of 3 chunks are added before."""
+    assert step_passes(2.5) == step_passes(1.0) == Counter({"mm": 6, "addmm": 3})
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 8, 64])
+def test_losses_of_one_thread_keep_apart(chunk_rows):
+    """Two losses wait for their last products at once, one is never asked for: nobody writes over another's chunk."""
+    hidden, head, _, targets, labels = example()
+    settings = {"labels": labels, "chunk_rows": chunk_rows}
+    plain = [skd.sparse_kl(scale * hidden @ head.T, targets, labels=labels) for scale in (1.0, 0.5)]
+    fused = [skd.fused_linear_sparse_kl(hidden, head, targets, scale=scale, **settings) for scale in (1.0, 0.5, 2.0)]
+    wanted = torch.autograd.grad(3 * plain[0] - 2 * plain[1], [hidden, head])
+    skd.fused_linear_sparse_kl(hidden, head, targets, scale=3.0, **settings).backward()
+    for ours, theirs in zip(torch.autograd.grad(3 * fused[0] - 2 * fused[1], [hidden, head]), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("residual", ["none", "ghost", "smooth"])
