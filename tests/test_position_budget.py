@@ -115,6 +115,19 @@ def test_a_cache_holds_the_law_the_share_and_the_exact_weights(world, cache):
     assert verify(cache).problems == []
 
 
+@pytest.mark.parametrize(("codec", "temperature"), [("split_ratio_unbiased", 0.5), ("ratio32", 0.5), ("raw24", 1.0)])
+def test_every_kind_of_draws_is_scaled(world, tmp_path, codec, temperature):
+    """Self-normalised draws and counts: a position's weights sum to its scale, whatever the codec."""
+    sampler = {"name": "random_sampling", "rounds": 20, "temperature": temperature}
+    run(world, tmp_path / "c", limit_rows=16, sampler=sampler, codec=codec, positions=0.5, positions_by="certainty")
+    reader = skd.CacheReader(tmp_path / "c")
+    flat = reader.flat(5)
+    sums = np.bincount(flat.positions, weights=flat.weights, minlength=len(flat.sizes))
+    np.testing.assert_allclose(sums, flat.scale, rtol=1e-5)
+    assert len(set(flat.scale.tolist())) > 1
+    assert verify(tmp_path / "c").problems == []
+
+
 def test_any_workers_and_restarts_make_the_same_bytes(world, cache, tmp_path):
     """Two shard ranges out of order, one after another; another batch size is another cache."""
     for part in ("2:4", "0:2"):
