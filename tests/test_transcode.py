@@ -123,7 +123,8 @@ def both_ways(request, families):
     found = []
     for text in TEXTS:
         ids = [*encode_texts(backend, [text])[0].ids, pair.teacher.eos]
-        draws = random_draws(ids, width, pair, rng)
+        drawn = random_draws(ids, width, pair, rng)
+        draws = [each if j % 7 != 5 else {} for j, each in enumerate(drawn)]  # positions that nobody drew for
         row = retokenise([(np.array(ids), np.zeros(len(ids), bool))], pair, answers.contexts)[0]
         places = Places(source=row.source, context=row.context, labels=np.append(row.ids[:-1], -1))
         slow = Slow(
