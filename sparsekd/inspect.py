@@ -111,7 +111,17 @@ def _provenance(path: str, reader: CacheReader) -> list[tuple[str, str]]:
         *_misaligned(data.get("misaligned")),
         ("sampler", _sampler(spec.sampler)),
         ("codec", spec.codec["name"]),
+        *_positions(spec.capture),
     ]
+
+
+def _positions(capture: dict[str, Any]) -> list[tuple[str, str]]:
+    """Which of the positions were kept, where not all were."""
+    if "positions" not in capture:
+        return []
+    by = capture.get("positions_by")
+    how = f"by the teacher's {by}, weighing the inverse of their chance" if by else "evenly"
+    return [("positions", f"{capture['positions']:.0%} kept, {how}")]
 
 
 def _misaligned(made_for: dict[str, Any] | None) -> list[tuple[str, str]]:

@@ -17,6 +17,7 @@ from sparsekd.capture import capture
 from sparsekd.codec import FlatTargets, codec_spec, decode, encode
 from sparsekd.codec_ints import encode_ints
 from sparsekd.errors import FormatError, MismatchError, RecipeError
+from sparsekd.inspect import describe_cache
 from sparsekd.merge import merge
 from sparsekd.packed import RowsReader
 from sparsekd.position_budget import LAWS, PositionLaw, calibrate, entropies, inclusion, law_of
@@ -112,6 +113,7 @@ def test_a_cache_holds_the_law_the_share_and_the_exact_weights(world, cache):
     share = reader.stats["positions"] / (64 * (SEQ_LEN - 1))
     assert share == pytest.approx(0.5, abs=0.06)
     assert abs(kept / wanted - 0.5) < 5 * 0.5 / wanted**0.5
+    assert "50% kept, by the teacher's entropy" in describe_cache(cache)
     assert verify(cache).problems == []
 
 
