@@ -208,6 +208,9 @@ def reading(found: Json, plots: str) -> str:
     wait = found["waits"]["read ahead, wall"]
     rows.append(["a step of the demo waits for its batch", *bar(100 * wait, 0.5, unit=" %")])
     rows.append(["the same without reading ahead", f"{found['waits']['read in the step, wall']:.1%}", "", ""])
+    if "ready in memory, wall" in found["waits"]:
+        share = found["waits"]["ready in memory, wall"]
+        rows.append(["the same ready in memory: torch's DataLoader alone", f"{share:.2%}", "", "floor"])
     return (
         "To ready tensors on one core, batches of 8 rows of 4,096 tokens. The peers read uncompressed counts, "
         "unchecked, `datasets` from memory.\n\n"
