@@ -141,9 +141,10 @@ def capture(
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
     model = models.open_model(teacher, dtype=dtype, device=device)
     _check_teacher(model, teacher, reader)
-    order_V = _order(model, name, parameters.pop("order", None))
-    draws = {"name": name, **parameters, "seed": seed} | order_settings(name, order_V)
+    wanted = parameters.pop("order", None)
     with cpu_threads(threads):
+        order_V = _order(model, name, wanted)
+        draws = {"name": name, **parameters, "seed": seed} | order_settings(name, order_V)
         spec = _make_spec(reader, model, teacher, draws, codec, batch_size, shard_rows, limit_rows, positions)
         if positions_by != "evenly":
             spec = with_position_law(open_teacher(model, spec, order_V), reader, positions_by, positions)

@@ -40,10 +40,10 @@ def recompute(cache: CacheReader, teacher: str, rows: int, seed: int = 0, device
             f"teacher differs: the cache was captured from {spec.teacher['id']} with weights "
             f"{spec.teacher['weights'][:12]}, {teacher} has {found[:12]}; give the same teacher"
         )
-    source = open_teacher(model, spec)
     chosen = np.random.default_rng(seed).choice(spec.rows, size=min(rows, spec.rows), replace=False)
     result = {"rows": 0, "positions": 0, "identical": 0, "differing": 0, "drift": 0.0}
     with cpu_threads(spec.capture.get("threads", 1)):
+        source = open_teacher(model, spec)
         for row in sorted(int(r) for r in chosen):
             again = _redraw(source, cache, row)
             _compare(cache.flat(row), again, spec, result)
