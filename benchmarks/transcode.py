@@ -16,16 +16,16 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from slow_transcode import slow_transcode
+from slow_transcode import Slow, slow_sets, slow_transcode
 
-from sparsekd.retokenise import cut_ids
+from sparsekd.retokenise import cut_ids, teachers_cuts
 from sparsekd.transcode import open_job, transcoded
 from sparsekd.transcoding import draws_of
 
 SLOW_ROWS = 4
 
 
-def main(cache: str, tokenizer: str, unresolved: str = "point", chain: int = 3, rows: int = 1024) -> None:
+def main(cache: str, tokenizer: str, unresolved: str = "set", chain: int = 0, rows: int = 1024) -> None:
     job = open_job(cache, tokenizer, unresolved, chain, None)
     drawn = job.reader.stats["pairs"] / job.reader.stats["positions"]
     print(f"{drawn:.1f} draws a token, unresolved={unresolved}, chain={chain}")
@@ -40,6 +40,7 @@ def main(cache: str, tokenizer: str, unresolved: str = "point", chain: int = 3, 
 def slow_rate(job) -> float:
     """The twin on the first rows, control tokens cut off."""
     pair, began, tokens = job.answers.pair, time.process_time(), 0
+    teachers = dict(zip((piece or b"" for piece in pair.student.of_id), teachers_cuts(pair), strict=True))
     for row in range(SLOW_ROWS):
         record = job.reader.record(row)
         ids = record.input_ids.astype(int).tolist()
@@ -51,8 +52,9 @@ def slow_rate(job) -> float:
         ]
         encode = lambda data: cut_ids([data], pair)[0] or []  # noqa: E731
         control = dict(enumerate(np.asarray(pair.control).tolist()))
-        words = (pair.teacher.of_id, pair.student.of_id, encode, control)
-        tokens += len(slow_transcode(ids[:size], each, *words, chain=job.settings.chain))
+        words = (pair.teacher.of_id, pair.student.of_id, encode, teachers.__getitem__, control)
+        twin = slow_sets if job.settings.unresolved == "set" else slow_transcode
+        tokens += len(twin(Slow(ids[:size], each, *words), chain=job.settings.chain))
     return tokens / (time.process_time() - began)
 
 
