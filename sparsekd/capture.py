@@ -95,12 +95,14 @@ def capture(
         split: one of its splits.
         teacher: a local path or hub id of a causal language model.
         out: the folder that takes the cache.
-        sampler: a name of `SAMPLERS`, or {"name": ..., parameters}; random_sampling takes 50 rounds by default. On
-            the command line: sampler=top_k sampler.k=12. For students of other vocabularies: sorted_curve (ULD, ALM).
+        sampler: systematic, random_sampling (the paper's), top_k, top_p, full, or for students of other vocabularies
+            sorted_curve (ULD, ALM); or {"name": ..., parameters}. The first two take 50 rounds by default. On the
+            command line: sampler=top_k sampler.k=12.
             systematic has an order besides: sampler.order=head draws over ids whose rows of the teacher's head are
             alike side by side (13 to 26 % less noise at the same bytes; the default where the head can be read, for
             which it keeps a copy of it), sampler.order=ids over the ids as they are.
-        codec: a name of `codec.CODECS`; default: the smallest lossless one that fits (split; the paper's: raw24).
+        codec: of counts split, raw24 (the paper's), paper24 or raw40, of the others see docs/format.md; default: the
+            smallest lossless one that fits.
         seed: of the draws.
         positions: share of the supervised positions that are kept, chosen at random; the others are not learnt. At the
             same number of labels fewer rounds everywhere are better (noise 1.04, 1.13, 1.40, 2.50 times as large for

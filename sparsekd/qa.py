@@ -59,7 +59,7 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "ULD by bytes": (CURVES, {"method": "uld", "align": "bytes"}),
     "ULD by bytes, λ = 0.5": (CURVES, {"method": "uld", "align": "bytes", "kd_weight": 0.5}),
     "ALM": (CURVES, {"method": "alm"}),
-    "transcoded": (DRAWS, {"ce_weight": 0.5}),
+    "transcoded": (DRAWS, {}),
 }
 DECODER, ENCODER_DECODER = "decoder", "encoder–decoder"
 # An encoder-decoder reads no packed rows, which transcoded draws are.

@@ -91,8 +91,9 @@ def train(
     and `metrics.json`; run the same call again to resume at exactly the next row after the last checkpoint.
 
     Args:
-        student: a name of `models.FAMILY`, a dict of sizes, or a checkpoint (path or hub id); for "uld" and "alm" also
-            an encoder-decoder, which learns the answers of instruction rows.
+        student: a new one of a size (tiny, mini, small, 10m, 30m, 100m, 300m, 1b, 3b, or a dict of sizes), or a
+            checkpoint (path or hub id); for "uld" and "alm" also an encoder-decoder, which learns the answers of
+            instruction rows.
         cache: the training set: rows and targets.
         rows: plain packed rows instead, for "ce" and "full_kd".
         method: "cached" learns what the cache holds, "ce" the next token, "full_kd" an online `teacher`; "uld" and

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 
 import pytest
 import yaml
@@ -266,3 +267,13 @@ def test_stages_name_functions_that_exist():
     for verb in recipes.STAGES:
         kinds = {parameter.kind for parameter in inspect.signature(stage(verb)).parameters.values()}
         assert kinds == {inspect.Parameter.KEYWORD_ONLY}
+
+
+def test_names_that_may_be_chosen_are_listed():
+    """Who asks for the settings sees each sampler and each size of student by its name."""
+    from sparsekd.drawing import SKETCHES
+    from sparsekd.models import FAMILY
+    from sparsekd.samplers import SAMPLERS
+
+    for verb, names in (("capture", SAMPLERS | SKETCHES), ("train", FAMILY)):
+        assert set(names) <= set(re.findall(r"[\w]+", settings_text(verb)))
