@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -356,3 +357,10 @@ def test_the_checker_finds_cycles():
     """a -> b -> c -> a is told; a diamond is none."""
     assert cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == ["a", "b", "c", "a"]
     assert cycle({"a": {"b", "c"}, "b": {"d"}, "c": {"d"}}) == []
+
+
+def test_the_map_names_every_module_once():
+    """docs/map.md is where a newcomer begins."""
+    named = re.findall(r"`([a-z_0-9]+)`", (PACKAGE.parent / "docs" / "map.md").read_text())
+    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
+    assert sorted(named) == sorted(modules)
