@@ -63,11 +63,20 @@ def importance_draws(
         masses, log2_q = tilted_masses(part_NV, temperature)
         _, log2_all = tilted_masses(part_NV, 1.0)
         ids, counts = merge_ascending(ids_in(part_NV, masses, points(part_keys, rounds), temperature))
-        # Padding is id 0, which may be masked with -inf: finite, so that a count of 0 stays a weight of 0.
-        below_peak = (part_NV.gather(-1, ids).double() - part_NV.amax(-1, keepdim=True).double()).clamp_(min=LOWEST)
-        log2_p = below_peak / math.log(2) - log2_all[:, None]
-        entropy = (log2_q - temperature * log2_all) / (1 - temperature)
-        parts.append((ids, counts, log2_p, entropy.clamp_(min=0)))
+        below_NK = part_NV.gather(-1, ids).double() - part_NV.amax(-1, keepdim=True).double()
+        parts.append((ids, counts, *what_weighs(below_NK, log2_q, log2_all, temperature)))
+    return join_draws(parts, temperature, rounds)
+
+
+def what_weighs(below_NK: Tensor, log2_q: Tensor, log2_all: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """[N, K] log2 p and [N] entropy, from logits below the largest and both normalisers (`tilted_masses`)."""
+    # Padding is id 0, which may be masked with -inf: finite, so that a count of 0 stays a weight of 0.
+    log2_p = below_NK.clamp(min=LOWEST) / math.log(2) - log2_all[:, None]
+    return log2_p, ((log2_q - temperature * log2_all) / (1 - temperature)).clamp_(min=0)
+
+
+def join_draws(parts: list[tuple[Tensor, Tensor, Tensor, Tensor]], temperature: float, rounds: int) -> ImportanceDraws:
+    """One from chunks of (ids, counts, log2 p, entropy), of different widths."""
     ids_, counts_, log2_ps, entropies = zip(*parts, strict=True)
     return ImportanceDraws(
         ids=side_by_side(ids_),

@@ -73,18 +73,26 @@ def ids_at(logits_NV: Tensor, points_NR: Tensor) -> Tensor:
 
 def ids_in(logits_NV: Tensor, masses: Tensor, points_NR: Tensor, temperature: float = 1.0) -> Tensor:
     """`ids_at` of q ∝ p^temperature, whose [N, blocks] masses are given (`block_masses` or `tilted_masses`)."""
-    block, fraction = _locate(masses.cumsum(-1), points_NR)
-    opens = torch.ones_like(block, dtype=torch.bool)
-    torch.ne(block[:, 1:], block[:, :-1], out=opens[:, 1:])
-    row, slot = opens.nonzero(as_tuple=True)
-    ends = _interval_ends(_tilted(_block_logits(logits_NV, row, block[row, slot]), temperature))
+    block, fraction = locate(masses.cumsum(-1), points_NR)
+    first = torch.arange(len(block), device=block.device)[:, None] * masses.shape[1]
+    return ids_within(logits_NV, (first + block).flatten(), fraction.flatten(), temperature).view_as(block)
+
+
+def ids_within(logits_NV: Tensor, block_P: Tensor, fraction_P: Tensor, temperature: float = 1.0) -> Tensor:
+    """[P] the ids that lie a fraction in [0, 1) into the mass of a block of q ∝ p^temperature.
+
+    Blocks are counted through the rows (`row * blocks + block`); equal ones stand together and are opened once.
+    """
+    opens = torch.ones_like(block_P, dtype=torch.bool)
+    torch.ne(block_P[1:], block_P[:-1], out=opens[1:])
+    ends = _interval_ends(_tilted(_block_logits(logits_NV, block_P[opens]), temperature))
     # One search for all points of all rows: whole numbers of 2^-40, so that no row depends on where it stands in the
     # batch, and one opened block's numbers lie above the one's before.
-    opened = opens.flatten().cumsum(0) - 1
+    opened = opens.cumsum(0) - 1
     ends += torch.arange(len(ends), device=ends.device)[:, None] << FRACTION_BITS
-    target = (fraction.flatten() * 2**FRACTION_BITS).long().clamp_(max=2**FRACTION_BITS - 1)
+    target = (fraction_P * 2**FRACTION_BITS).long().clamp_(max=2**FRACTION_BITS - 1)
     offset = torch.searchsorted(ends.flatten(), target + (opened << FRACTION_BITS), right=True) % BLOCK
-    return block * BLOCK + offset.view_as(block)
+    return block_P % _blocks(logits_NV) * BLOCK + offset
 
 
 def block_masses(logits_NV: Tensor) -> Tensor:
@@ -97,16 +105,25 @@ def block_masses(logits_NV: Tensor) -> Tensor:
 
 def tilted_masses(logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """`block_masses` of q ∝ p^temperature, and [N] float64 log2 Σ exp(temperature (z - max z)), which normalises it."""
+    masses, log2_total = unchecked_masses(logits_NV, temperature)
+    return _finite(masses), log2_total
+
+
+def unchecked_masses(logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """`tilted_masses`, which are NaN in a row whose logits hold NaN or +inf, or nothing above -inf."""
     masses, largest = _no_masses(logits_NV), torch.empty(len(logits_NV), dtype=torch.float64, device=logits_NV.device)
     for rows, q in _softmaxes(logits_NV, temperature):
         _sum_blocks(q, masses[rows])
         largest[rows] = q.amax(-1)
-    return _finite(masses), (masses.sum(-1) / largest).log2()
+    return masses, (masses.sum(-1) / largest).log2()
+
+
+def _blocks(logits_NV: Tensor) -> int:
+    return -(-logits_NV.shape[1] // BLOCK)
 
 
 def _no_masses(logits_NV: Tensor) -> Tensor:
-    blocks = -(-logits_NV.shape[1] // BLOCK)
-    return torch.empty(len(logits_NV), blocks, dtype=torch.float64, device=logits_NV.device)
+    return torch.empty(len(logits_NV), _blocks(logits_NV), dtype=torch.float64, device=logits_NV.device)
 
 
 def _softmaxes(logits_NV: Tensor, temperature: float = 1.0) -> Iterator[tuple[slice, Tensor]]:
@@ -135,7 +152,7 @@ def _sum_blocks(p_NV: Tensor, masses: Tensor) -> None:
 
 def _finite(masses: Tensor) -> Tensor:
     if not bool(torch.isfinite(masses.sum())):
-        _refuse(~torch.isfinite(masses).all(-1))
+        refuse(~torch.isfinite(masses).all(-1))
     return masses
 
 
@@ -146,7 +163,7 @@ def _tilted(logits: Tensor, temperature: float) -> Tensor:
     return logits.nan_to_num_(nan=-torch.inf, neginf=-torch.inf) if temperature == 0 else logits
 
 
-def _locate(cumulative: Tensor, points_NR: Tensor) -> tuple[Tensor, Tensor]:
+def locate(cumulative: Tensor, points_NR: Tensor) -> tuple[Tensor, Tensor]:
     """[N, R] the block that holds each point, and how far into the block's mass it lies, in [0, 1)."""
     total = cumulative[:, -1:]
     point = _below(points_NR * total, total)
@@ -156,11 +173,12 @@ def _locate(cumulative: Tensor, points_NR: Tensor) -> tuple[Tensor, Tensor]:
     return block, (point - lower) / (upper - lower)
 
 
-def _block_logits(logits_NV: Tensor, row: Tensor, block: Tensor) -> Tensor:
-    """[opened, BLOCK] logits of some blocks; -inf beyond the last id."""
+def _block_logits(logits_NV: Tensor, block_O: Tensor) -> Tensor:
+    """[O, BLOCK] logits of the opened blocks; -inf beyond the last id."""
     vocab, dtype = logits_NV.shape[1], working_dtype(logits_NV)
     if vocab % BLOCK == 0 and logits_NV.is_contiguous():
-        return logits_NV.view(-1, BLOCK).index_select(0, row * (vocab // BLOCK) + block).to(dtype)
+        return logits_NV.view(-1, BLOCK).index_select(0, block_O).to(dtype)
+    row, block = block_O // _blocks(logits_NV), block_O % _blocks(logits_NV)
     ids = block[:, None] * BLOCK + torch.arange(BLOCK, device=block.device)
     inside = logits_NV[row[:, None], ids.clamp(max=vocab - 1)].to(dtype)
     return inside.masked_fill_(ids >= vocab, -torch.inf)
@@ -180,7 +198,7 @@ def invert(mass: Tensor, uniforms_NR: Tensor) -> Tensor:
     the ids of the tail without any interval (TV up to 1e-3; bf16 0.6), this one is within 1e-6 of the float64 law.
     The readable twin of `ids_at`.
     """
-    block, fraction = _locate(block_sums(mass).cumsum(-1), uniforms_NR)
+    block, fraction = locate(block_sums(mass).cumsum(-1), uniforms_NR)
     row = torch.arange(len(mass), device=mass.device)[:, None] * mass.shape[1]
     inner = mass.flatten(0, 1).index_select(0, (row + block).flatten()).cumsum(-1, dtype=torch.float64)
     total = inner[:, -1:]
@@ -202,11 +220,11 @@ def shifted_logits(logits_NV: Tensor) -> Tensor:
     largest = logits_NV.amax(-1, keepdim=True).to(working_dtype(logits_NV))
     shifted = (logits_NV - largest).clamp_(min=LOWEST)
     if not bool(torch.isfinite(shifted.sum())):
-        _refuse(~torch.isfinite(largest[:, 0]) | ~torch.isfinite(shifted).all(-1))
+        refuse(~torch.isfinite(largest[:, 0]) | ~torch.isfinite(shifted).all(-1))
     return shifted
 
 
-def _refuse(bad_N: Tensor) -> None:
+def refuse(bad_N: Tensor) -> None:
     raise ModelError(
         f"logits are NaN or inf at {int(bad_N.sum())} of {len(bad_N)} positions; "
         "a half-precision overflow in the teacher? try dtype=bfloat16 or dtype=float32"
@@ -227,10 +245,12 @@ def chunks(logits_NV: Tensor, keys: Keys, extra: int = 0) -> Iterator[tuple[Tens
     return parts_of(logits_NV, keys, 4 * logits_NV.shape[1] + extra)
 
 
-def draw_parts(logits_NV: Tensor, keys: Keys, rounds: int) -> Iterator[tuple[Tensor, Keys]]:
+def draw_parts(
+    logits_NV: Tensor, keys: Keys, rounds: int, vocab_size: int | None = None
+) -> Iterator[tuple[Tensor, Keys]]:
     """Rows in parts whose block sums and opened blocks, in `ids_at`, fit twice the budget: small V needs many rows
-    at a time, or calling operators costs more than they do."""
-    blocks = -(-logits_NV.shape[1] // BLOCK)
+    at a time, or calling operators costs more than they do. `vocab_size`: of all processes, where they share it."""
+    blocks = -(-(vocab_size or logits_NV.shape[1]) // BLOCK)
     return parts_of(logits_NV, keys, 4 * (blocks + BLOCK * min(rounds, blocks) + rounds))
 
 

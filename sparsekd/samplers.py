@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sparsekd.errors import RecipeError
+from sparsekd.fused_parallel import VocabularyShard
 from sparsekd.importance import ImportanceDraws, importance_draws
 from sparsekd.inversion import (
     Points,
@@ -34,6 +35,7 @@ from sparsekd.inversion import (
     working_dtype,
 )
 from sparsekd.rng import Keys
+from sparsekd.sampling_parallel import sample_split
 from sparsekd.targets import SparseTargets
 
 __all__ = [
@@ -58,6 +60,7 @@ def sample(
     rows: Tensor | None = None,
     positions: Tensor | None = None,
     order: Tensor | None = None,
+    shard: VocabularyShard | None = None,
     **parameters: Any,
 ) -> SparseTargets:
     """Sparse targets for each row of `logits_NV` by the sampler of that name.
@@ -74,13 +77,23 @@ def sample(
         order: [V] int64, a permutation of the ids (`vocabulary_order(head_VH)`), for `systematic` alone: draws pass
             over the ids in this order. No id's own law changes; among ids of little mass, neighbours stand for each
             other, so the noise of a gradient is less where neighbours are alike.
+        shard: which ids `logits_NV` is of, when processes share the vocabulary: each passes its own, all get the
+            targets of the whole, and no logits travel (`sampling_parallel.py`).
         parameters: of the sampler, e.g. `rounds=50, temperature=1.0` or `k=12`.
 
     Raises:
         RecipeError: unknown sampler or parameter, or a parameter out of range.
         ModelError: logits that are NaN or +inf.
+        MismatchError: processes whose shards, positions or settings do not fit together.
     """
     check_parameters(sampler, parameters)
+    if shard is not None:
+        if order is not None:
+            raise RecipeError(
+                "order moves ids between processes; a split head draws in the order its rows are split in"
+            )
+        settings = default_parameters(sampler) | parameters
+        return sample_split(logits_NV, _keys(logits_NV, seed, rows, positions), shard, sampler, settings)
     logits_NV = _in_order(logits_NV, sampler, order)
     drawn = SAMPLERS[sampler](logits_NV, _keys(logits_NV, seed, rows, positions), **parameters)
     return drawn if order is None else in_vocabulary(drawn, order)

@@ -1,0 +1,245 @@
+"""Draws from a head whose vocabulary is split over processes: each holds the logits of its own ids, and none travels.
+
+The processes' shares of the distribution are one level more above the blocks of `inversion`. All hold the same keys,
+so all know the same points; a process finds the ids of the points that fall into its share.
+
+    shard = VocabularyShard(group=group, start=rank * V // world, vocab_size=V)
+    sample(own_logits, "systematic", rounds=50, shard=shard)          # the same targets in every process
+
+What travels for a position: 16 bytes of each process (its largest logit, its sum of exponentials; 24 at a temperature
+that is not 1), the ids of R draws as int32 (4 R bytes), and at other temperatures the logits of the K ids drawn. Before
+them 48 bytes a call say who holds what. Whatever one process finds wrong (NaN, shares that leave a gap, another seed)
+travels before it is raised, in all of them alike: none is left waiting.
+
+Shapes: N positions, W processes, R draws, K kept ids, P of a process's own points.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sparsekd.errors import MismatchError, RecipeError
+from sparsekd.fused_parallel import VocabularyShard
+from sparsekd.importance import ImportanceDraws, join_draws, what_weighs
+from sparsekd.inversion import (
+    Points,
+    draw_parts,
+    even_points,
+    ids_within,
+    independent_points,
+    join_parts,
+    locate,
+    merge_ascending,
+    refuse,
+    unchecked_masses,
+    working_dtype,
+)
+from sparsekd.rng import Keys
+from sparsekd.targets import SparseTargets
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Split:
+    """A vocabulary over processes, found whole.
+
+    Attributes:
+        group: process group.
+        ranks: [W] ranks of the group in the order of their ids.
+        place: where in that order this process is.
+        start, vocab_size: as in `VocabularyShard`.
+    """
+
+    group: Any
+    ranks: Tensor
+    place: int
+    start: int
+    vocab_size: int
+
+    def gather(self, own: Tensor) -> Tensor:
+        """[W, ...] every process's tensor, in the order of their ids."""
+        return _gathered(own, self.group)[self.ranks]
+
+    def largest(self, own: Tensor) -> Tensor:
+        """The largest over the processes of each entry, in place."""
+        dist.all_reduce(own, op=dist.ReduceOp.MAX, group=self.group)
+        return own
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shares:
+    """Some positions' distribution q ∝ p^temperature, as all processes know it.
+
+    Attributes:
+        masses: [N, blocks] of the own ids, normalised among them.
+        ends: [N, W] float64, cumulative mass of the processes.
+        peak: [N] float64, the largest logit.
+        log2_total: [N] float64, log2 Σ exp(temperature (z - peak)).
+    """
+
+    masses: Tensor
+    ends: Tensor
+    peak: Tensor
+    log2_total: Tensor
+
+
+@torch.no_grad()
+def sample_split(
+    logits_NV: Tensor, keys: Keys, shard: VocabularyShard, sampler: str, parameters: dict[str, Any]
+) -> SparseTargets:
+    """`SAMPLERS[sampler](whole_logits, keys, **parameters)`, with all parameters given, in every process.
+
+    The same ids, but where a point lies within 1e-6 of the end of an id's interval (float32 rounds it).
+
+    Raises:
+        RecipeError: a sampler that needs all logits in one place.
+        MismatchError: shares that do not make up the vocabulary, or processes that do not sample the same.
+        ModelError: logits that are NaN or +inf in any process, or -inf in all.
+    """
+    if sampler not in SPLIT_SAMPLERS:
+        raise RecipeError(f"{sampler} needs all logits in one place; a split head has: {', '.join(SPLIT_SAMPLERS)}")
+    split = agree(logits_NV, keys, shard, (sampler, sorted(parameters.items())))
+    return SPLIT_SAMPLERS[sampler](logits_NV, keys, split, **parameters)
+
+
+def agree(logits_NV: Tensor, keys: Keys, shard: VocabularyShard, settings: Any) -> Split:
+    """Who holds which ids, after all processes have told what they hold and are about to draw."""
+    count, device = logits_NV.shape[1], logits_NV.device
+    said = zlib.crc32(repr((settings, keys.seed, logits_NV.dtype)).encode())
+    head = torch.tensor([shard.start, count, shard.vocab_size, len(logits_NV), said, 0], device=device)
+    head[-1] = ((keys.rows * _FACTOR + keys.positions) * _FACTOR * torch.arange(1, len(logits_NV) + 1).to(device)).sum()
+    heads = _gathered(head, shard.group).cpu()
+    _check_shares(heads[:, 0].tolist(), heads[:, 1].tolist(), heads[:, 2].tolist())
+    for column, what in enumerate(("positions", "samplers, seeds or dtypes", "keys of rows and positions"), start=3):
+        if len(heads[:, column].unique()) > 1:
+            found = f": {heads[:, column].tolist()}" if what == "positions" else ""
+            raise MismatchError(
+                f"processes differ in {what}{found}; each passes the same ones, and its own ids' logits"
+            )
+    ranks = heads[:, 0].argsort()
+    place = int((ranks == dist.get_rank(shard.group)).nonzero())
+    return Split(group=shard.group, ranks=ranks.to(device), place=place, start=shard.start, vocab_size=shard.vocab_size)
+
+
+# Mixes keys into a sum modulo 2^64, in which other rows, positions or another order of them show.
+_FACTOR = 0x9E3779B97F4A7C15 - 2**64
+
+
+def _check_shares(starts: list[int], counts: list[int], sizes: list[int]) -> None:
+    """Shares of at least one id that follow each other from 0 to the vocabulary's size."""
+    spans = sorted((start, start + count) for start, count in zip(starts, counts, strict=True))
+    ends = [0, *(end for _, end in spans)]
+    follow = all(start == end < last for (start, last), end in zip(spans, ends[:-1], strict=True))
+    if not follow or {ends[-1]} != set(sizes):
+        held = ", ".join(f"[{start}, {end})" for start, end in spans)
+        raise MismatchError(
+            f"processes hold the ids {held} of a vocabulary of {sorted(set(sizes))}; "
+            "shares must follow each other from 0 to its size, none empty"
+        )
+
+
+def _gathered(own: Tensor, group: Any) -> Tensor:
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, own.contiguous(), group=group)
+    return torch.stack(parts)
+
+
+def shares(logits_NV: Tensor, split: Split, temperatures: tuple[float, ...]) -> list[Shares]:
+    """The distributions at some temperatures: one all-gather of [N, 1 + temperatures] float64.
+
+    Raises:
+        ModelError: in all processes, for logits of any that are NaN or +inf, or a row that is -inf in all.
+    """
+    own_peak = logits_NV.amax(-1).double()
+    impossible = own_peak == -torch.inf  # a share of ids that are all masked: padding of the vocabulary
+    found = [unchecked_masses(logits_NV, each) for each in temperatures]
+    totals = [log2.masked_fill(impossible, -torch.inf) for _, log2 in found]
+    peak_WN, *totals_WN = split.gather(torch.stack([own_peak, *totals])).unbind(1)
+    peak = peak_WN.amax(0)
+    if not bool(torch.isfinite(peak).all()):
+        refuse(~torch.isfinite(peak))
+    below_WN = (peak_WN - peak).masked_fill_(peak_WN == -torch.inf, 0) / math.log(2)
+    together = []
+    for (masses, _), temperature, total_WN in zip(found, temperatures, totals_WN, strict=True):
+        ends = (total_WN + temperature * below_WN).exp2().T.cumsum(-1)
+        masses = masses.masked_fill_(impossible[:, None], 1)  # no point falls there, but a search must end
+        together.append(Shares(masses=masses, ends=ends, peak=peak, log2_total=ends[:, -1].log2()))
+    return together
+
+
+def ids_at_split(logits_NV: Tensor, points_NR: Tensor, split: Split, own: Shares, temperature: float = 1.0) -> Tensor:
+    """`ids_in` of the whole head, in every process: one all-reduce of [N, R] int32.
+
+    Returns:
+        [N, R] int64, ascending in each row.
+    """
+    holder, share = locate(own.ends, points_NR)
+    block, fraction = locate(own.masses.cumsum(-1), share)
+    first = torch.arange(len(block), device=block.device)[:, None] * own.masses.shape[1]
+    mine = holder == split.place
+    ids = torch.full_like(block, -1, dtype=torch.int32)
+    ids[mine] = (split.start + ids_within(logits_NV, (first + block)[mine], fraction[mine], temperature)).int()
+    drawn = split.largest(ids).long()
+    if bool((drawn < 0).any()):
+        raise MismatchError(
+            "processes disagree in the last bit about whose a draw is: different devices or versions of torch in one "
+            "group? give the group machines of one kind"
+        )
+    return drawn
+
+
+def drawn(
+    points: Points,
+    logits_NV: Tensor,
+    keys: Keys,
+    split: Split,
+    *,
+    rounds: int,
+    temperature: float,
+    normalize: bool,
+) -> SparseTargets:
+    """`random_sampling` and `systematic`, which differ in their points."""
+    if temperature != 1:
+        draws = importance_draws_split(points, logits_NV, keys, split, rounds=rounds, temperature=temperature)
+        return draws.targets(normalize=normalize)
+    parts = []
+    for part_NV, part_keys in draw_parts(logits_NV, keys, rounds, split.vocab_size):
+        (own,) = shares(part_NV, split, (1.0,))
+        ids, counts = merge_ascending(ids_at_split(part_NV, points(part_keys, rounds), split, own))
+        parts.append((ids, counts / rounds))
+    return join_parts(parts)
+
+
+def importance_draws_split(
+    points: Points, logits_NV: Tensor, keys: Keys, split: Split, *, rounds: int, temperature: float
+) -> ImportanceDraws:
+    """`importance_draws` of the whole head: the logits of the ids drawn travel too, [N, K]."""
+    parts = []
+    for part_NV, part_keys in draw_parts(logits_NV, keys, rounds, split.vocab_size):
+        own, plain = shares(part_NV, split, (temperature, 1.0))
+        ids, counts = merge_ascending(ids_at_split(part_NV, points(part_keys, rounds), split, own, temperature))
+        below_NK = logits_of(part_NV, ids, split).double() - own.peak[:, None]
+        parts.append((ids, counts, *what_weighs(below_NK, own.log2_total, plain.log2_total, temperature)))
+    return join_draws(parts, temperature, rounds)
+
+
+def logits_of(logits_NV: Tensor, ids_NK: Tensor, split: Split) -> Tensor:
+    """`whole_logits.gather(-1, ids)` in every process: one all-reduce of [N, K]."""
+    own = ids_NK - split.start
+    held = logits_NV.gather(-1, own.clamp(0, logits_NV.shape[1] - 1)).to(working_dtype(logits_NV))
+    return split.largest(held.masked_fill_((own < 0) | (own >= logits_NV.shape[1]), -torch.inf))
+
+
+# The samplers that a split head has.
+SPLIT_SAMPLERS: dict[str, Callable[..., SparseTargets]] = {
+    "random_sampling": partial(drawn, independent_points),
+    "systematic": partial(drawn, even_points),
+}
