@@ -224,6 +224,14 @@ def shifted_logits(logits_NV: Tensor) -> Tensor:
     return shifted
 
 
+def stable_top(values_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest, in descending order, ties in ascending id."""
+    _, ids = values_NV.topk(k, dim=-1)
+    ids = ids.sort(-1).values
+    values, order = values_NV.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
+    return values, ids.gather(-1, order)
+
+
 def refuse(bad_N: Tensor) -> None:
     raise ModelError(
         f"logits are NaN or inf at {int(bad_N.sum())} of {len(bad_N)} positions; "

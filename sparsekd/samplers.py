@@ -32,10 +32,11 @@ from sparsekd.inversion import (
     join_parts,
     merge_ascending,
     shifted_logits,
+    stable_top,
     working_dtype,
 )
 from sparsekd.rng import Keys
-from sparsekd.sampling_parallel import sample_split
+from sparsekd.sampling_parallel import agree, importance_draws_split, sample_split
 from sparsekd.targets import SparseTargets
 
 __all__ = [
@@ -87,15 +88,11 @@ def sample(
         MismatchError: processes whose shards, positions or settings do not fit together.
     """
     check_parameters(sampler, parameters)
+    keys = _keys(logits_NV, seed, rows, positions)
     if shard is not None:
-        if order is not None:
-            raise RecipeError(
-                "order moves ids between processes; a split head draws in the order its rows are split in"
-            )
-        settings = default_parameters(sampler) | parameters
-        return sample_split(logits_NV, _keys(logits_NV, seed, rows, positions), shard, sampler, settings)
-    logits_NV = _in_order(logits_NV, sampler, order)
-    drawn = SAMPLERS[sampler](logits_NV, _keys(logits_NV, seed, rows, positions), **parameters)
+        _refuse_order(order)
+        return sample_split(logits_NV, keys, shard, sampler, default_parameters(sampler) | parameters)
+    drawn = SAMPLERS[sampler](_in_order(logits_NV, sampler, order), keys, **parameters)
     return drawn if order is None else in_vocabulary(drawn, order)
 
 
@@ -109,12 +106,18 @@ def sample_importance(
     rows: Tensor | None = None,
     positions: Tensor | None = None,
     order: Tensor | None = None,
+    shard: VocabularyShard | None = None,
 ) -> ImportanceDraws:
     """The draws behind `sample(logits_NV, sampler, ...)` at a temperature that is not 1, before they are weighed: what
     a cache stores so that its reader can choose the weighting. Arguments and errors as in `sample`."""
     check_parameters(sampler, {"rounds": rounds, "temperature": temperature})
-    logits_NV, keys = _in_order(logits_NV, sampler, order), _keys(logits_NV, seed, rows, positions)
-    drawn = importance_draws(logits_NV, keys, points=POINTS[sampler], rounds=rounds, temperature=temperature)
+    points, keys = POINTS[sampler], _keys(logits_NV, seed, rows, positions)
+    if shard is not None:
+        _refuse_order(order)
+        split = agree(logits_NV, keys, shard, (sampler, rounds, temperature))
+        return importance_draws_split(points, logits_NV, keys, split, rounds=rounds, temperature=temperature)
+    logits_NV = _in_order(logits_NV, sampler, order)
+    drawn = importance_draws(logits_NV, keys, points=points, rounds=rounds, temperature=temperature)
     return drawn if order is None else in_vocabulary(drawn, order)
 
 
@@ -130,6 +133,14 @@ def in_vocabulary(drawn: Drawn, order_V: Tensor) -> Drawn:
     if isinstance(drawn, SparseTargets):
         return SparseTargets(ids=ids, weights=drawn.weights.gather(-1, slot))
     return replace(drawn, ids=ids, counts=drawn.counts.gather(-1, slot), log2_p=drawn.log2_p.gather(-1, slot))
+
+
+def _refuse_order(order: Tensor | None) -> None:
+    if order is not None:
+        raise RecipeError(
+            "order would move ids between processes: split the head's rows in that order, draw without order=, and "
+            "take in_vocabulary(targets, order)"
+        )
 
 
 def _in_order(logits_NV: Tensor, sampler: str, order: Tensor | None) -> Tensor:
@@ -216,7 +227,7 @@ def top_k(logits_NV: Tensor, keys: Keys, *, k: int = 12) -> SparseTargets:
     parts = []
     for part_NV, _ in chunks(logits_NV, keys):
         shifted = shifted_logits(part_NV)
-        values, ids = _stable_top(shifted, kept)
+        values, ids = stable_top(shifted, kept)
         total = block_sums(in_blocks(shifted.exp_())).sum(-1, keepdim=True)
         parts.append((ids, (values.double().exp() / total).float()))
     return join_parts(parts)
@@ -297,11 +308,3 @@ def count_rounds(sampler: str, parameters: dict[str, Any]) -> int | None:
     """R when every weight is an integer count over R (so the codec is lossless), else None."""
     settings = default_parameters(sampler) | parameters
     return int(settings["rounds"]) if sampler in POINTS and settings["temperature"] == 1 else None
-
-
-def _stable_top(values_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest, in descending order, ties in ascending id."""
-    _, ids = values_NV.topk(k, dim=-1)
-    ids = ids.sort(-1).values
-    values, order = values_NV.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
-    return values, ids.gather(-1, order)

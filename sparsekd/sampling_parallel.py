@@ -31,6 +31,7 @@ from sparsekd.errors import MismatchError, RecipeError
 from sparsekd.fused_parallel import VocabularyShard
 from sparsekd.importance import ImportanceDraws, join_draws, what_weighs
 from sparsekd.inversion import (
+    LOWEST,
     Points,
     draw_parts,
     even_points,
@@ -39,7 +40,9 @@ from sparsekd.inversion import (
     join_parts,
     locate,
     merge_ascending,
+    parts_of,
     refuse,
+    stable_top,
     unchecked_masses,
     working_dtype,
 )
@@ -111,26 +114,37 @@ def sample_split(
 
 
 def agree(logits_NV: Tensor, keys: Keys, shard: VocabularyShard, settings: Any) -> Split:
-    """Who holds which ids, after all processes have told what they hold and are about to draw."""
-    count, device = logits_NV.shape[1], logits_NV.device
-    said = zlib.crc32(repr((settings, keys.seed, logits_NV.dtype)).encode())
-    head = torch.tensor([shard.start, count, shard.vocab_size, len(logits_NV), said, 0], device=device)
-    head[-1] = ((keys.rows * _FACTOR + keys.positions) * _FACTOR * torch.arange(1, len(logits_NV) + 1).to(device)).sum()
-    heads = _gathered(head, shard.group).cpu()
-    _check_shares(heads[:, 0].tolist(), heads[:, 1].tolist(), heads[:, 2].tolist())
-    for column, what in enumerate(("positions", "samplers, seeds or dtypes", "keys of rows and positions"), start=3):
-        if len(heads[:, column].unique()) > 1:
-            found = f": {heads[:, column].tolist()}" if what == "positions" else ""
-            raise MismatchError(
-                f"processes differ in {what}{found}; each passes the same ones, and its own ids' logits"
-            )
+    """Who holds which ids, after all processes have told what they hold and are about to draw: 48 bytes of each."""
+    heads = _gathered(_head(logits_NV, keys, shard, settings), shard.group).cpu()
+    _check_shares(*heads[:, :3].T.tolist())
+    _check_alike(heads[:, 3:])
     ranks = heads[:, 0].argsort()
-    place = int((ranks == dist.get_rank(shard.group)).nonzero())
-    return Split(group=shard.group, ranks=ranks.to(device), place=place, start=shard.start, vocab_size=shard.vocab_size)
+    place = ranks.tolist().index(dist.get_rank(shard.group))
+    ranks = ranks.to(logits_NV.device)
+    return Split(group=shard.group, ranks=ranks, place=place, start=shard.start, vocab_size=shard.vocab_size)
 
 
-# Mixes keys into a sum modulo 2^64, in which other rows, positions or another order of them show.
+# What follows the three numbers of a share in a process's head.
+ALIKE = ("number of positions", "sampler, parameters, seed, dtype or device", "rows or positions")
+# Mixes rows and positions into a sum modulo 2^64 in which others, or another order of them, show.
 _FACTOR = 0x9E3779B97F4A7C15 - 2**64
+
+
+def _head(logits_NV: Tensor, keys: Keys, shard: VocabularyShard, settings: Any) -> Tensor:
+    """[6] int64: the share, and what must be the same everywhere."""
+    (count, own), device = logits_NV.shape, logits_NV.device
+    said = zlib.crc32(repr((settings, keys.seed, logits_NV.dtype, device.type)).encode())
+    at = 2 * torch.arange(count, device=device) + 1
+    keyed = ((keys.rows * _FACTOR + keys.positions) * at).sum()
+    numbers = torch.tensor([shard.start, own, shard.vocab_size, count, said], device=device)
+    return torch.cat([numbers, keyed[None]])
+
+
+def _check_alike(heads: Tensor) -> None:
+    for what, values in zip(ALIKE, heads.T.tolist(), strict=True):
+        if len(set(values)) > 1:
+            found = f": {values}" if what == ALIKE[0] else ""
+            raise MismatchError(f"processes differ in {what}{found}; each passes the same, with its own ids' logits")
 
 
 def _check_shares(starts: list[int], counts: list[int], sizes: list[int]) -> None:
@@ -238,8 +252,39 @@ def logits_of(logits_NV: Tensor, ids_NK: Tensor, split: Split) -> Tensor:
     return split.largest(held.masked_fill_((own < 0) | (own >= logits_NV.shape[1]), -torch.inf))
 
 
+def top_k(logits_NV: Tensor, keys: Keys, split: Split, *, k: int) -> SparseTargets:
+    """`top_k` of the whole head, from k candidates of each process: two all-gathers of [N, k].
+
+    Of ids that tie for the last place another may be kept than one process keeps.
+    """
+    kept = min(k, split.vocab_size)
+    parts = []
+    for part_NV, _ in parts_of(logits_NV, keys, 4 * split.vocab_size):
+        (own,) = shares(part_NV, split, (1.0,))
+        below_NV = (part_NV - own.peak.to(working_dtype(part_NV))[:, None]).clamp_(min=LOWEST)
+        values, ids = _best(*_candidates(below_NV, kept, split), kept)
+        parts.append((ids, (values.double().exp() / own.log2_total.exp2()[:, None]).float()))
+    return join_parts(parts)
+
+
+def _candidates(below_NV: Tensor, kept: int, split: Split) -> tuple[Tensor, Tensor]:
+    """[N, W * kept] values and ids of each process's largest; what one has fewer of is -inf."""
+    values, ids = stable_top(below_NV, min(kept, below_NV.shape[1]))
+    missing = (0, kept - values.shape[1])
+    values = torch.nn.functional.pad(values, missing, value=-torch.inf)
+    ids = torch.nn.functional.pad((ids + split.start).int(), missing)
+    return split.gather(values).transpose(0, 1).flatten(1), split.gather(ids).transpose(0, 1).flatten(1).long()
+
+
+def _best(values: Tensor, ids: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    """The first of candidates that stand in the order of ids where they tie."""
+    values, slot = values.sort(dim=-1, descending=True, stable=True)
+    return values[:, :kept], ids.gather(-1, slot[:, :kept])
+
+
 # The samplers that a split head has.
 SPLIT_SAMPLERS: dict[str, Callable[..., SparseTargets]] = {
     "random_sampling": partial(drawn, independent_points),
     "systematic": partial(drawn, even_points),
+    "top_k": top_k,
 }
