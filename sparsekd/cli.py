@@ -48,6 +48,21 @@ def pack(config: Recipe = None, settings: Settings = None, show: ShowSettings = 
         print(f"{name:>8}: {split['rows']:,} rows, {split['tokens']:,} tokens, {_many(split['documents'], 'document')}")
 
 
+@app.command(epilog=_example("repack", "rows=rows tokenizer=OTHER out=other-rows"), rich_help_panel=CACHE)
+def repack(config: Recipe = None, settings: Settings = None, show: ShowSettings = False) -> None:
+    """Rows -> the same rows, text for text, in another tokenizer's tokens: for a second teacher, or a student."""
+    with _bar("row") as progress:
+        manifest = _run("repack", config, settings, show, progress=progress)
+    for name, split in manifest["splits"].items():
+        empty = ", ".join(
+            f"{count:,} left empty ({why.replace('_', ' ')})" for why, count in split["empty"].items() if count
+        )
+        print(
+            f"{name:>8}: {split['rows']:,} rows of {manifest['seq_len']}, {split['tokens']:,} tokens"
+            + (f"; {empty}" if empty else "")
+        )
+
+
 def _many(count: int, noun: str) -> str:
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 

@@ -23,12 +23,14 @@ from .retokenise import Cut, Pair, Stretch, cut_texts, stretches
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Overlaid:
-    """One tokenizer's tokens of a row: ids, starts and ends int64 (-1: no part of the text), supervised bool."""
+    """One tokenizer's tokens of a row: ids, starts and ends int64 (-1: no part of the text), supervised bool, and
+    opens bool, where documents start."""
 
     ids: np.ndarray
     starts: np.ndarray
     ends: np.ndarray
     supervised: np.ndarray
+    opens: np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,7 +102,9 @@ def overlay(ids: np.ndarray, starts: np.ndarray, supervised: np.ndarray, pair: P
         if control is not None:
             begins[stretch.last], ends[stretch.last] = at, at + 1
             at += 1
-    return _join(pieces), Overlaid(ids=ids.astype(np.int64), starts=begins, ends=ends, supervised=learnt)
+    return _join(pieces), Overlaid(
+        ids=ids.astype(np.int64), starts=begins, ends=ends, supervised=learnt, opens=starts.astype(bool)
+    )
 
 
 def _cuts(parts: list[Stretch], learnt: np.ndarray, pair: Pair) -> list[Cut]:
@@ -143,8 +147,11 @@ def _student_piece(
     begins = at + cut.starts[:-1] if cut.comes_back else np.full(len(cut.ids), -1)
     ends = at + cut.starts[1:] if cut.comes_back else begins
     last = at + len(stretch.text)
+    ids = np.array([*head, *cut.ids, *tail], np.int64)
+    after_bos = stretch.bare and pair.student.bos is None  # the teacher's was left out: the document starts here
     return Overlaid(
-        ids=np.array([*head, *cut.ids, *tail], np.int64),
+        ids=ids,
+        opens=(np.arange(len(ids)) == 0) & (stretch.opens or after_bos),
         starts=np.concatenate([np.full(len(head), -1), begins, np.full(len(tail), last)]).astype(np.int64),
         ends=np.concatenate([np.full(len(head), -1), ends, np.full(len(tail), last + 1)]).astype(np.int64),
         supervised=np.array(
@@ -169,7 +176,7 @@ def _join(pieces: list[Overlaid]) -> Overlaid:
     return Overlaid(
         **{
             name: np.concatenate([getattr(piece, name) for piece in pieces])
-            for name in ("ids", "starts", "ends", "supervised")
+            for name in ("ids", "starts", "ends", "supervised", "opens")
         }
     )
 
@@ -191,4 +198,5 @@ def head_of(tokens: Overlaid, most: int | None) -> Overlaid:
         starts=tokens.starts[:most],
         ends=tokens.ends[:most],
         supervised=tokens.supervised[:most],
+        opens=tokens.opens[:most],
     )

@@ -162,10 +162,17 @@ class RowsReader:
         return RowsReader, (self.path, self.split)  # a worker process maps the files itself
 
 
+def size_without_padding(input_ids: np.ndarray, supervised: np.ndarray, eos: int | None) -> int:
+    """Tokens of a row up to the last that is learnt or is no EOS: what comes behind it fills the row."""
+    padding = (input_ids == (-1 if eos is None else eos)) & ~supervised
+    return int(np.flatnonzero(~padding).max(initial=-1)) + 1
+
+
 def describe_rows(reader: RowsReader) -> dict[str, Any]:
     """What a cache records of the rows that it was made from."""
     manifest = reader.manifest
-    return {
+    like = {"like": manifest["splits"][reader.split]["like"]} if "like" in manifest else {}
+    return like | {
         "fingerprint": reader.fingerprint,
         "split": reader.split,
         "source": manifest["source"],

@@ -1,7 +1,8 @@
 """Pool: an ensemble in one cache, the weighted mean of several teachers' targets on the same rows.
 
-Teachers of one tokenizer are captured on the same rows; of another one, `transcode` brings them into the student's
-first. A student then learns from Σ α_c p_c / Σ α_c, for the price of one cache.
+Teachers of one tokenizer are captured on the same rows; of several, `repack` writes the rows for each and `transcode`
+brings the caches into the student's vocabulary first. A student then learns from Σ α_c p_c / Σ α_c, for the price of
+one cache.
 
 Shapes: P supervised positions, M entries of all of them.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,13 @@ from sparsekd.codec import CODECS, CURVES, codec_spec
 from sparsekd.errors import MismatchError, RecipeError
 from sparsekd.flat import FlatTargets
 from sparsekd.making import copy_tokenizer
+from sparsekd.same_text import laid_over
 from sparsekd.set_table import SetTable, joined, read_table, write_table
+from sparsekd.vocab import load_tokenizer
+from sparsekd.vocab_bytes import VocabBytes, vocabulary_bytes
+
+# (a row, the row of the same text that its targets go to, its number, the caches of both) -> the second with them
+Lay = Callable[[RowRecord, RowRecord, int, tuple[CacheReader, CacheReader]], RowRecord]
 
 
 def pool(
@@ -33,6 +41,9 @@ def pool(
 ) -> dict[str, Any]:
     """The weighted mean of caches of the same rows. A position that some of them have no targets for is the mean of
     the others. Run it again to resume.
+
+    Rows are the first cache's. Where another's is the same text cut differently, its targets count at the tokens that
+    both have (see `same_text`).
 
     Args:
         caches: two or more folders, of the same rows in the same tokenizer (transcoded ones, say).
@@ -58,9 +69,9 @@ def pool(
         copy_tokenizer(Path(readers[0].path), Path(out))
         if sets.table is not None:
             write_table(sets.table, out)
-        todo = writer.missing()
+        todo, lay = writer.missing(), _laying(readers[0])
         for done, shard in enumerate(todo, 1):
-            writer.write(shard, [_pooled(readers, shares, sets, row) for row in spec.shard_range(shard)])
+            writer.write(shard, [_pooled(readers, shares, sets, row, lay) for row in spec.shard_range(shard)])
             if progress:
                 progress(done, len(todo))
         return writer.finalize()
@@ -152,19 +163,38 @@ def _spec(readers: Sequence[CacheReader], shares: list[float], sets: _Sets) -> C
     )
 
 
-def _pooled(readers: Sequence[CacheReader], shares: list[float], sets: _Sets, row: int) -> RowRecord:
+def _pooled(readers: Sequence[CacheReader], shares: list[float], sets: _Sets, row: int, lay: Lay) -> RowRecord:
+    """The row of the first cache that says something of it; caches that say nothing may hold any text."""
     records = [reader.record(row) for reader in readers]
-    for reader, record in zip(readers, records, strict=True):
-        if not np.array_equal(record.input_ids, records[0].input_ids):
+    speaks = [bool(record.supervised[1:].any()) for record in records]
+    first = speaks.index(True) if any(speaks) else 0
+    moved = []
+    for r, record in enumerate(records):
+        if not speaks[r]:
+            record = replace(record, supervised=np.zeros_like(record.supervised))
+        elif not np.array_equal(record.input_ids, records[first].input_ids):
+            record = lay(record, records[first], row, (readers[r], readers[first]))
+        moved.append(replace(record, targets=replace(record.targets, ids=sets.ids(r, record.targets.ids))))
+    return replace(records[first], targets=mean_targets(moved, shares), supervised=_union(moved))
+
+
+def _laying(reader: CacheReader) -> Lay:
+    """What lays a row's targets over another row of the same text, cut differently; the tokenizer is opened once."""
+
+    @cache
+    def vocabulary() -> VocabBytes:
+        return vocabulary_bytes(load_tokenizer(Path(reader.path) / "tokenizer"))
+
+    def lay(record: RowRecord, onto: RowRecord, row: int, of: tuple[CacheReader, CacheReader]) -> RowRecord:
+        found = laid_over(record, onto, vocabulary())
+        if found is None:
             raise MismatchError(
-                f"row {row} of {readers[0].path} and of {reader.path} are different text; capture both teachers from "
-                "rows that hold the same text, row by row"
+                f"row {row} of {of[1].path} and of {of[0].path} are different text; capture both teachers from rows "
+                "that hold the same text, row by row: `sparsekd repack` writes them"
             )
-    moved = [
-        replace(record, targets=replace(record.targets, ids=sets.ids(r, record.targets.ids)))
-        for r, record in enumerate(records)
-    ]
-    return replace(records[0], targets=mean_targets(moved, shares), supervised=_union(records))
+        return found
+
+    return lay
 
 
 def _union(records: Sequence[RowRecord]) -> np.ndarray:

@@ -100,6 +100,7 @@ def _after(token: int, teacher: Overlaid) -> Overlaid:
         starts=np.concatenate([[-1], teacher.starts]),
         ends=np.concatenate([[-1], teacher.ends]),
         supervised=np.concatenate([[False], teacher.supervised]),
+        opens=np.concatenate([[False], teacher.opens]),
     )
 
 

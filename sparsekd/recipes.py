@@ -23,6 +23,7 @@ from sparsekd.errors import RecipeError
 # verb -> (module, function); what is callable from the command line, imported on use.
 STAGES = {
     "pack": ("sparsekd.rows", "pack"),
+    "repack": ("sparsekd.repack", "repack"),
     "plan": ("sparsekd.plan", "plan"),
     "capture": ("sparsekd.capture", "capture"),
     "merge": ("sparsekd.merge", "merge"),

@@ -367,9 +367,14 @@ def _control_after(stretch: Stretch, pair: Pair) -> list[int]:
         return [found]
     if stretch.control == pair.teacher.bos:
         return []
-    string = next((s for s, token in pair.teacher.control.items() if token == stretch.control), "")
-    raise MismatchError(
-        f"the rows have the control token {string!r} (id {stretch.control} of {pair.teacher.name}), and "
+    raise no_counterpart(stretch.control, pair)
+
+
+def no_counterpart(control: int, pair: Pair) -> MismatchError:
+    """The refusal of rows with a control token of the teacher's that the student's tokenizer does not have."""
+    string = next((s for s, token in pair.teacher.control.items() if token == control), "")
+    return MismatchError(
+        f"the rows have the control token {string!r} (id {control} of {pair.teacher.name}), and "
         f"{pair.student.name} has no control token of that name; add one to it (tokenizer.add_special_tokens)"
     )
 

@@ -22,7 +22,8 @@ from sparsekd.set_table import read_table
 class TrainingSet:
     """Opened rows (with targets, or plain) and what must fit to them.
 
-    `identity` is what a resumed run compares; `logit_width` is the width of a new student.
+    `identity` is what a resumed run compares; `logit_width` is the width of a new student; `origin` is the fingerprint
+    of the rows that had the text first, where a cache was transcoded or rows were repacked.
     """
 
     rows: CacheReader | RowsReader | OverlaidRows
@@ -33,6 +34,7 @@ class TrainingSet:
     tokenizer: dict[str, Any]
     fingerprint: str | None
     identity: dict[str, Any]
+    origin: str | None = None
 
     def close(self) -> None:
         """Let the files go (they are opened again when a row is read)."""
@@ -85,6 +87,7 @@ def _from_cache(cache: str, normalize: bool | None, allow_misaligned: bool) -> T
         tokenizer=spec.tokenizer,
         fingerprint=fingerprint,
         identity={"rows": fingerprint, "sampler": spec.sampler, "teacher": spec.teacher.get("weights")},
+        origin=spec.data.get("like") or (spec.data.get("transcoded") or {}).get("from_fingerprint") or fingerprint,
     )
 
 
@@ -135,6 +138,7 @@ def _from_rows(path: Path) -> TrainingSet:
         tokenizer=tokenizer,
         fingerprint=reader.fingerprint,
         identity={"rows": reader.fingerprint},
+        origin=_origin_of(reader),
     )
 
 
@@ -205,10 +209,11 @@ def open_heldout(eval_rows: str | None, data: TrainingSet) -> RowsReader | None:
     heldout = RowsReader(eval_rows, "heldout")
     _check_same_packing(heldout, data)
     trained_on = heldout.manifest["splits"].get("train", {}).get("fingerprint")
-    if trained_on != data.fingerprint:
+    if trained_on != data.fingerprint and _origin_of(heldout) != data.origin:
         raise MismatchError(
             f"rows differ: the training set was made from rows {str(data.fingerprint)[:12]}, {eval_rows} holds "
-            f"{str(trained_on)[:12]}; evaluate on the rows that were captured, or capture these"
+            f"{str(trained_on)[:12]}; evaluate on the rows that were captured (of a transcoded cache: on what "
+            "`sparsekd repack` makes of them in the student's tokens), or capture these"
         )
     if not len(heldout):
         raise SourceError(f"{eval_rows} has no held-out rows; pack with heldout above 0, or leave eval_rows out")
@@ -222,8 +227,19 @@ def _check_same_packing(rows: RowsReader, data: TrainingSet) -> None:
             f"tokenizer differs: the training set was made with {wanted[:12]}, {rows.path} with "
             f"{rows.tokenizer_hash[:12]}; pack both with one tokenizer"
         )
-    if rows.seq_len != data.seq_len:
+    if rows.seq_len > data.seq_len or (rows.seq_len < data.seq_len and not _is_transcoded(data)):
         raise MismatchError(
             f"packing differs: the training set has seq_len={data.seq_len}, {rows.path} has {rows.seq_len}; "
             f"re-pack with seq_len={data.seq_len}"
         )
+
+
+def _is_transcoded(data: TrainingSet) -> bool:
+    return isinstance(data.rows, CacheReader) and "transcoded" in data.rows.spec.data
+
+
+def _origin_of(rows: RowsReader) -> str | None:
+    """The fingerprint of the training rows that hold the text, in whatever tokens (see `repack`)."""
+    train = rows.manifest["splits"].get("train", {})
+    found: str | None = train.get("like", train.get("fingerprint"))
+    return found

@@ -34,9 +34,9 @@ from sparsekd.transcoding import (
     CHUNK_TOKENS,
     Settings,
     renumbered,
+    sizes_of,
     sum_counts,
     transcode_records,
-    without_padding,
 )
 
 # Positions that a realised draw is followed, by `unresolved`. Inside sets the text's own tokens are the default: a
@@ -202,7 +202,8 @@ def _own_tokenizer(cache: str, reader: CacheReader) -> Any:
 def _seq_len(reader: CacheReader, answers: Answers) -> int:
     """The longest of some rows in the student's tokens, up to a multiple of 8."""
     rows = [reader.record(row) for row in _survey_rows(reader)]
-    given = [(record.input_ids.astype(np.int64), record.starts) for record in rows]
+    sizes = sizes_of(rows, answers.pair)
+    given = [(r.input_ids[:size].astype(np.int64), r.starts[:size]) for r, size in zip(rows, sizes, strict=True)]
     longest = max(len(row.ids) for row in retokenise(given, answers.pair, answers.contexts))
     return max(2, -(-longest // 8) * 8)
 
@@ -246,12 +247,7 @@ def transcoded(job: Job, rows: range | list[int]) -> Iterator[tuple[list[RowReco
         if (same := job.answers.pair.same) is not None:
             yield [renumbered(record, same) for record in records], {}
         else:
-            last = len(job.reader) - 1
-            sizes = [
-                without_padding(record) if row == last else len(record.input_ids)
-                for row, record in zip(part, records, strict=True)
-            ]
-            yield transcode_records(records, sizes, job.answers, job.settings)
+            yield transcode_records(records, job.answers, job.settings)
 
 
 def survey(job: Job) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import numpy as np
 from .fates import Answers
 from .flat import FlatTargets
 from .folder import RowRecord
+from .packed import size_without_padding
 from .redraw import Draws, Places, Rewritten, rewrite
 from .retokenise import Pair, StudentRow, retokenise
 
@@ -39,24 +40,26 @@ def renumbered(record: RowRecord, same: np.ndarray) -> RowRecord:
     return replace(record, input_ids=same[record.input_ids.astype(np.int64)].astype(np.uint32), targets=targets)
 
 
-def without_padding(record: RowRecord) -> int:
-    """The tokens of a split's last row: those up to the last that is learnt."""
-    return int(np.flatnonzero(record.supervised).max(initial=-1)) + 1
+def sizes_of(records: Sequence[RowRecord], pair: Pair) -> list[int]:
+    """How many tokens of each row are no padding."""
+    eos = pair.teacher.eos
+    return [size_without_padding(record.input_ids, record.supervised, eos) for record in records]
 
 
 def transcode_records(
-    records: Sequence[RowRecord], sizes: Sequence[int], answers: Answers, settings: Settings
+    records: Sequence[RowRecord], answers: Answers, settings: Settings
 ) -> tuple[list[RowRecord], dict[str, float]]:
     """Rows in the student's tokens, with counts and masses summed over them.
 
     Args:
-        records: rows of one cache; sizes: how many tokens of each are no padding.
+        records: rows of one cache.
 
     Returns:
         The rows, and `StudentRow.counts` with: positions (student tokens that follow another in their row), covered
         (those with targets), cut (tokens beyond seq_len), accepted, rejected, short, open, dropped, label (mean masses
         times spoken, the positions with draws), noise (Σ over covered positions of 1 / accepted share).
     """
+    sizes = sizes_of(records, answers.pair)
     given = [
         (record.input_ids[:size].astype(np.int64), record.starts[:size])
         for record, size in zip(records, sizes, strict=True)

@@ -15,6 +15,7 @@ from sparsekd.recipes import STAGES, check, read_recipe, recipe_of, scalar, sett
 
 REQUIRED = {
     "pack": {"source": "a.jsonl", "tokenizer": "train", "seq_len": 32, "out": "rows"},
+    "repack": {"rows": "rows", "tokenizer": "t", "out": "other"},
     "plan": {"rows": "rows", "teacher": "t", "out": "plan"},
     "capture": {"rows": "rows", "teacher": "t", "out": "cache"},
     "adapt": {"out": "a", "teacher": "t", "rows": "rows"},
