@@ -19,7 +19,7 @@ import json
 import operator
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +30,8 @@ from numpy.typing import NDArray
 
 from .canary import alignment, check_alignment
 from .checks import make_folder
-from .codec import FlatTargets, codec_engine
+from .codec import FlatTargets, codec_engine, decode_rows, quick_rows
+from .compiled import scratch
 from .errors import FormatError, IncompleteError, MismatchError, RecipeError
 from .files import is_url, join, list_folder, read_file, remove_stale_files, sha256_file, write_atomically
 from .folder import (
@@ -58,8 +59,8 @@ from .manifest import (
     shard_numbers,
     sum_stats,
 )
-from .padded import pad_rows
-from .shard import FORMAT, ShardReader, write_shard
+from .padded import PaddedRows, pad_joined, pad_rows
+from .shard import FORMAT, ShardReader, masks, write_shard
 
 Array = NDArray[Any]
 Json = dict[str, Any]
@@ -245,6 +246,27 @@ class CacheReader:
         shard, row = divmod(index, self.spec.shard_rows)
         reader = self._shard(shard)
         return decode_record(reader.read_row(row), self._read_as, f"{reader.path}: row {index}")
+
+    def padded(self, indices: Sequence[int]) -> PaddedRows | None:
+        """Some rows as one batch, where that is quicker than row by row: `rows = [reader[i] for i in indices]` stacked,
+        their targets by `pad_rows`. None where the codec or the machine has no such way, or a row is not sound: reading
+        it alone says why.
+
+        Raises:
+            FormatError: a row's checksum is wrong.
+        """
+        found = [divmod(self._index(index), self.spec.shard_rows) for index in indices]
+        if not found or quick_rows(self._read_as.codec) is None:
+            return None
+        shards = {shard: self._shard(shard) for shard, _ in found}
+        blocks, _, bits = zip(*(shards[shard].read_bits(row) for shard, row in found), strict=True)
+        supervised = masks(bits, self.spec.seq_len)
+        tables = [shards[shard].ids for shard, _ in found]
+        decoded = decode_rows(blocks, supervised, self._read_as.codec, tables, scratch)
+        padded = None if decoded is None else pad_joined(decoded[1], np.ascontiguousarray(supervised[:, 1:]))
+        if decoded is None or padded is None:
+            return None
+        return PaddedRows(input_ids=decoded[0], supervised=supervised, ids=padded[0], weights=padded[1])
 
     def _index(self, index: int) -> int:
         found = operator.index(index)

@@ -23,7 +23,7 @@ from .codec_curve import are_edges, decode_curve, encode_curve
 from .codec_ints import zstd_version
 from .codec_scale import decode_scale, encode_scale
 from .codec_split import decode_split, decode_split_row, encode_split, encode_split_row
-from .codec_split_fast import decode_quickly, encode_quickly
+from .codec_split_fast import decode_quickly, decode_rows_quickly, encode_quickly
 from .codec_split_ratio import decode_ratios, decode_ratios_row, encode_ratios, encode_ratios_row
 from .codec_split_ratio import nearest as nearest_ratio
 from .codec_split_ratio import unbiased as unbiased_ratio
@@ -54,6 +54,7 @@ __all__ = [
     "codec_spec",
     "decode",
     "decode_row",
+    "decode_rows",
     "default_codec",
     "encode",
     "encode_row",
@@ -81,6 +82,7 @@ class Codec:
     A codec may code a whole row itself, to spell out only those input ids that its targets do not tell (`encode_row`
     and `decode_row`), and may want frequent ids to be small numbers (`ranked`; see id_ranks.py). `quick_encode` and
     `quick_decode` do all of it compiled, checks and ranks too, or give None: then the others do it, or say why not.
+    `quick_rows` is `decode_rows`.
     """
 
     encode: Callable[[FlatTargets, Spec], bytes]
@@ -93,6 +95,7 @@ class Codec:
     ranked: bool = False
     quick_encode: Callable[[Array, FlatTargets, Array, Spec, Array | None], bytes | None] | None = None
     quick_decode: Callable[[bytes, int, Array, Spec, Array | None], tuple[Array, FlatTargets] | None] | None = None
+    quick_rows: Callable[..., tuple[Array, FlatTargets] | None] | None = None
 
 
 def _counted(encode: Any, decode: Any, *, holds: str, width: int, id_bits: int, max_rounds: int) -> Codec:
@@ -150,6 +153,7 @@ CODECS: dict[str, Codec] = {
         ranked=True,
         quick_encode=encode_quickly,
         quick_decode=decode_quickly,
+        quick_rows=decode_rows_quickly,
     ),
     "split_ratio": _split_ratio(nearest_ratio),
     "split_ratio_unbiased": _split_ratio(unbiased_ratio),
@@ -376,6 +380,33 @@ def decode_row(
         raise FormatError(f"input id {input_ids.max()}, but logit_width={width}; the file is damaged")
     _check_ids(flat, spec)
     return (input_ids, flat) if ids is None else (ids[input_ids], replace(flat, ids=_renumbered(flat.ids, ids)))
+
+
+def decode_rows(
+    blocks: Sequence[bytes],
+    supervised_BL: Array,
+    spec: Spec,
+    ids: Sequence[Array | None],
+    memory: Callable[[str], Callable[[int, Any], Array]] = compiled.fresh,
+) -> tuple[Array, FlatTargets] | None:
+    """Some rows at once, where that is quicker: with `found = [decode_row(...) for each block]`,
+    `np.stack([tokens for tokens, _ in found])` [B, L] and `FlatTargets.join([flat for _, flat in found])`.
+
+    None where the codec has no such way, numba is not at hand, or a row is not sound: `decode_row` says which, and why.
+
+    Args:
+        ids: [B] as for `decode_row`, of each row.
+        memory: `compiled.scratch` where the targets are soon forgotten: the thread's next call writes over them.
+    """
+    check_codec(spec)
+    quickly = quick_rows(spec)
+    return quickly(blocks, np.ascontiguousarray(supervised_BL, bool), spec, ids, memory) if quickly else None
+
+
+def quick_rows(spec: Spec) -> Callable[..., tuple[Array, FlatTargets] | None] | None:
+    """What `decode_rows` calls, or None: it would give None always."""
+    quickly = CODECS[spec["name"]].quick_rows
+    return None if "share" in spec or compiled.kernels() is None else quickly
 
 
 def _renumbered(numbers: Array, ids: Array) -> Array:

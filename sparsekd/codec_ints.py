@@ -79,14 +79,20 @@ def decode_ints(data: bytes, most: int, empty: Callable[[int, Any], Array] = np.
 
 def read_classes(data: bytes, most: int) -> tuple[Array, int]:
     """[T] uint8 classes, out of their zstd frame, and where the raw bytes begin; FormatError as `decode_ints`."""
+    content, end = read_frame(data, most)
+    return np.frombuffer(content, np.uint8), end
+
+
+def read_frame(data: bytes, most: int) -> tuple[bytes, int]:
+    """`read_classes`, as bytes."""
     if len(data) < 4:
         raise FormatError(f"{len(data)} bytes cannot hold the length of a zstd frame; the file is damaged")
     end = 4 + struct.unpack_from("<I", data)[0]
     if end > len(data):
         raise FormatError(f"a zstd frame ends at byte {end} of {len(data)}; the file is damaged")
-    classes = np.frombuffer(_decompress(data[4:end], min(most, MOST_VALUES)), np.uint8)
-    compiled.kernels(len(classes))
-    return classes, end
+    content = _decompress(data[4:end], min(most, MOST_VALUES))
+    compiled.kernels(len(content))
+    return content, end
 
 
 def fill_values(values: Array, classes: Array, data: bytes, end: int) -> tuple[Array, int]:

@@ -22,13 +22,15 @@ from typing import Any
 import numba
 import numpy as np
 from numba import types
-from numba.extending import register_jitable
+from numba.extending import intrinsic, register_jitable
 
 _BYTES, _NUMBERS, _SIZES, _FLAGS, _WEIGHTS = (
     types.Array(of, 1, "C", readonly=True)
     for of in (types.uint8, types.uint32, types.int64, types.boolean, types.float32)
 )
 _LONG, _OUT8, _OUT32 = types.int64, types.uint8[::1], types.uint32[::1]
+_LONGS, _LONGS_2D = (types.Array(types.int64, axes, "C", readonly=True) for axes in (1, 2))
+_FLAGS_2D = types.Array(types.boolean, 2, "C", readonly=True)
 
 
 def _compiled(*arguments: Any) -> Callable[[Any], Any]:
@@ -82,6 +84,130 @@ def _value(classes, data, first, at, low, second):
     return np.uint64(first[each]) + rest, low + one, second + two
 
 
+@intrinsic
+def _pointer(context, address):
+    """The address of a uint32."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.uint32)(types.int64), generate
+
+
+@register_jitable
+def _table(address, width):
+    """[width] uint32 at an address, nothing at 0. Rows of a batch are of many shards, each with a table of its own, and
+    a kernel takes no list of arrays."""
+    return numba.carray(_pointer(address), (width if address else 0,), np.uint32)
+
+
+@register_jitable
+def _split_row(row, positions, rounds, width, supervised, table, scratches, seen, mark, tokens, ids, counts, sizes):
+    """One row of `split` or `split_rows`, into the beginnings of ids, counts and sizes: how many entries, or -1.
+
+    Args:
+        row: classes, data, where its raw bytes begin, and the least value of each class.
+        scratches: starts and heads.
+    """
+    (classes, data, end, first), (starts, heads) = row, scratches
+    lows, seconds = 0, 0
+    for each in classes:
+        lows += each >= 128
+        seconds += each >= 240
+    if (
+        end < 1
+        or end + lows + seconds != len(data)
+        or len(first) < 256
+        or not 0 <= positions <= len(sizes)
+        or len(seen) < width
+    ):
+        return -1
+    slots, ranked = positions if len(supervised) else 0, len(table) > 0
+    if len(classes) < positions + slots or len(starts) <= len(classes) or len(heads) < len(classes):
+        return -1
+    if len(tokens) != len(supervised) or (ranked and len(table) < width):
+        return -1
+    low, second, total, filled = np.uint64(end), np.uint64(end + lows), 0, 0
+    for p in range(positions):
+        heads[p], low, second = _value(classes, data, first, p, low, second)
+        total += np.int64(heads[p])
+        filled += heads[p] > 0
+    head = positions + total + slots
+    if head > len(classes) or min(len(ids), len(counts)) < len(classes) - head:
+        return -1
+    for i in range(positions, head):
+        heads[i], low, second = _value(classes, data, first, i, low, second)
+    most = len(classes) - head
+    counts[:most] = 1
+    starts[: most + 1] = 0
+    top, rest, entries = positions, positions + filled, 0
+    for p in range(positions):
+        many, left, count = np.int64(heads[p]), np.int64(rounds), np.int64(2)
+        if entries + many > most:
+            return -1
+        if many:
+            for j in range(many - 1, 0, -1):  # the smallest count is 2 + its step
+                step = np.int64(heads[rest + j - 1])
+                starts[entries + j + 1] = step > 0
+                count += step
+                left -= count
+                if left < 0:
+                    return -1
+                counts[entries + j] = count
+            step = np.int64(heads[top])
+            starts[entries + 1] = step > 0
+            count += step
+            left -= count
+            counts[entries] = count
+            starts[entries + many] = 1
+            top += 1
+            rest += many - 1
+        if left < 0:
+            return -1
+        starts[entries] = 3  # of a run, and of a position
+        sizes[p] = many + left
+        entries += many + left
+        if entries > most:
+            return -1
+    # All ids in one loop: a loop for each position, or run, ends with a branch mispredicted.
+    token, here, one = np.uint64(0), np.uint64(mark) - np.uint64(1), np.uint64(1)
+    for i in range(entries):
+        step, low, second = _value(classes, data, first, np.uint64(head) + np.uint64(i), low, second)
+        start = np.uint64(starts[i])
+        here += start >> one
+        follows = (start & one) - one  # all bits, or none where a run begins
+        token = step + ((token + one) & follows)
+        if token >= np.uint64(width) or np.uint64(seen[token]) == here:
+            return -1
+        seen[token] = here
+        ids[i] = table[token] if ranked else token
+    # The input ids: an entry of the position before them, or spelled out.
+    at, p, before = head + entries, 0, 0
+    for t in range(len(tokens)):
+        slot = 0
+        if t > 0 and supervised[t]:
+            if p == positions:
+                return -1
+            slot = np.int64(heads[positions + total + p])
+            if slot > sizes[p]:
+                return -1
+            before += sizes[p]
+            p += 1
+        if slot:
+            tokens[t] = ids[before - sizes[p - 1] + slot - 1]
+        else:
+            if at == len(classes):
+                return -1
+            token, low, second = _value(classes, data, first, at, low, second)
+            if token >= np.uint64(width):
+                return -1
+            tokens[t] = table[token] if ranked else token
+            at += 1
+    if at != len(classes) or (len(tokens) > 0 and p != positions):
+        return -1
+    return entries
+
+
 @_compiled(_BYTES, _BYTES, _LONG, _NUMBERS, _LONG, _LONG, _LONG, _FLAGS, _NUMBERS, _OUT8, _OUT32, _OUT32, _LONG, _OUT32)
 def split(classes, data, end, first, positions, rounds, width, supervised, table, starts, heads, seen, mark, tokens):
     """`codec_split.decode_split_row` below its zstd frame: whether it is sound, ids [M], counts [M], sizes [P].
@@ -98,97 +224,68 @@ def split(classes, data, end, first, positions, rounds, width, supervised, table
         mark: above 0, and mark + positions is below 2^32.
         tokens: [L], is filled.
     """
-    none, no_sizes = np.empty(0, np.uint32), np.empty(0, np.int64)
-    lows, seconds = 0, 0
-    for each in classes:
-        lows += each >= 128
-        seconds += each >= 240
-    if end < 1 or end + lows + seconds != len(data) or len(first) < 256 or positions < 0 or len(seen) < width:
-        return False, none, none, no_sizes
-    slots, ranked = positions if len(supervised) else 0, len(table) > 0
-    if len(classes) < positions + slots or len(starts) <= len(classes) or len(heads) < len(classes):
-        return False, none, none, no_sizes
-    if len(tokens) != len(supervised) or (ranked and len(table) < width):
-        return False, none, none, no_sizes
-    low, second, total, filled = np.uint64(end), np.uint64(end + lows), 0, 0
-    for p in range(positions):
-        heads[p], low, second = _value(classes, data, first, p, low, second)
-        total += np.int64(heads[p])
-        filled += heads[p] > 0
-    head = positions + total + slots
-    if head > len(classes):
-        return False, none, none, no_sizes
-    for i in range(positions, head):
-        heads[i], low, second = _value(classes, data, first, i, low, second)
-    counts, sizes = np.ones(len(classes) - head, np.uint32), np.empty(positions, np.int64)
-    starts[: len(counts) + 1] = 0
-    top, rest, entries = positions, positions + filled, 0
-    for p in range(positions):
-        many, left, count = np.int64(heads[p]), np.int64(rounds), np.int64(2)
-        if entries + many > len(counts):
-            return False, none, none, no_sizes
-        if many:
-            for j in range(many - 1, 0, -1):  # the smallest count is 2 + its step
-                step = np.int64(heads[rest + j - 1])
-                starts[entries + j + 1] = step > 0
-                count += step
-                left -= count
-                if left < 0:
-                    return False, none, none, no_sizes
-                counts[entries + j] = count
-            step = np.int64(heads[top])
-            starts[entries + 1] = step > 0
-            count += step
-            left -= count
-            counts[entries] = count
-            starts[entries + many] = 1
-            top += 1
-            rest += many - 1
-        if left < 0:
-            return False, none, none, no_sizes
-        starts[entries] = 3  # of a run, and of a position
-        sizes[p] = many + left
-        entries += many + left
-        if entries > len(counts):
-            return False, none, none, no_sizes
-    # All ids in one loop: a loop for each position, or run, ends with a branch mispredicted.
-    ids = np.empty(entries, np.uint32)
-    token, here, one = np.uint64(0), np.uint64(mark) - np.uint64(1), np.uint64(1)
-    for i in range(entries):
-        step, low, second = _value(classes, data, first, np.uint64(head) + np.uint64(i), low, second)
-        start = np.uint64(starts[i])
-        here += start >> one
-        follows = (start & one) - one  # all bits, or none where a run begins
-        token = step + ((token + one) & follows)
-        if token >= np.uint64(width) or np.uint64(seen[token]) == here:
-            return False, none, none, no_sizes
-        seen[token] = here
-        ids[i] = table[token] if ranked else token
-    # The input ids: an entry of the position before them, or spelled out.
-    at, p, before = head + entries, 0, 0
-    for t in range(len(tokens)):
-        slot = 0
-        if t > 0 and supervised[t]:
-            if p == positions:
-                return False, none, none, no_sizes
-            slot = np.int64(heads[positions + total + p])
-            if slot > sizes[p]:
-                return False, none, none, no_sizes
-            before += sizes[p]
-            p += 1
-        if slot:
-            tokens[t] = ids[before - sizes[p - 1] + slot - 1]
-        else:
-            if at == len(classes):
-                return False, none, none, no_sizes
-            token, low, second = _value(classes, data, first, at, low, second)
-            if token >= np.uint64(width):
-                return False, none, none, no_sizes
-            tokens[t] = table[token] if ranked else token
-            at += 1
-    if at != len(classes) or (len(tokens) > 0 and p != positions):
-        return False, none, none, no_sizes
-    return True, ids, counts[:entries], sizes
+    ids, counts = np.empty(len(classes), np.uint32), np.empty(len(classes), np.uint32)
+    sizes = np.empty(max(positions, 0), np.int64)
+    entries = _split_row(
+        *((classes, data, end, first), positions, rounds, width, supervised, table, (starts, heads), seen, mark),
+        *(tokens, ids, counts, sizes),
+    )
+    return entries >= 0, ids[: max(entries, 0)], counts[: max(entries, 0)], sizes
+
+
+@_compiled(
+    *(_LONGS_2D, _BYTES, _BYTES, _NUMBERS, _LONG, _LONG, _FLAGS_2D, _LONGS),
+    *(_OUT8, _OUT32, _OUT32, _LONG, types.uint32[:, ::1], _OUT32, _OUT32, types.int64[::1]),
+)
+def split_rows(
+    spans,
+    classes,
+    data,
+    first,
+    rounds,
+    width,
+    supervised,
+    tables,
+    starts,
+    heads,
+    seen,
+    mark,
+    tokens,
+    ids,
+    counts,
+    sizes,
+):
+    """`split` of B rows at once: how many entries they have together, or -1 where one is not sound. Fills ids [M],
+    counts [M] and sizes [P], a row after another.
+
+    Args:
+        spans: [B, 4] of each row: its classes, its bytes, where in those its raw bytes begin, its positions.
+        classes, data: those of all rows, one after another.
+        supervised: [B, L].
+        tables: [B] addresses of what `split` calls table, uint32 [V] without holes; 0 where a number is the id.
+        starts, heads: as for the longest row.
+        mark: mark + B + P is below 2^32.
+        tokens: [B, L].
+    """
+    class_at, byte_at, size_at, at = 0, 0, 0, 0
+    if not len(spans) == len(supervised) == len(tables) == len(tokens) or spans.shape[1] != 4:
+        return -1
+    for b in range(len(spans)):
+        length, size, end, positions = spans[b, 0], spans[b, 1], spans[b, 2], spans[b, 3]
+        if min(length, size, positions) < 0 or length > len(classes) - class_at or size > len(data) - byte_at:
+            return -1
+        if positions > len(sizes) - size_at:
+            return -1
+        row = (classes[class_at : class_at + length], data[byte_at : byte_at + size], end, first)
+        found = _split_row(
+            *(row, positions, rounds, width, supervised[b], _table(tables[b], width), (starts, heads), seen, mark),
+            *(tokens[b], ids[at:], counts[at:], sizes[size_at:]),
+        )
+        if found < 0:
+            return -1
+        class_at, byte_at, size_at, at = class_at + length, byte_at + size, size_at + positions, at + found
+        mark += positions + 1
+    return at
 
 
 _KEYS, _WANTED = types.uint32[::1], types.uint64[::1]
@@ -412,4 +509,31 @@ def pad(ids, weights, sizes, supervised, ids_PK, weights_PK):
             weights_PK[p, j] = weights[at + j]
         at += sizes[row]
         row += 1
+    return row == len(sizes) and at == len(ids)
+
+
+@_compiled(
+    *(_NUMBERS, _NUMBERS, _SIZES, _LONG, types.Array(types.boolean, 2, "C", readonly=True)),
+    *(types.int64[:, :, ::1], types.float32[:, :, ::1]),
+)
+def pad_counts(ids, counts, sizes, rounds, supervised, ids_BPK, weights_BPK):
+    """`padded.pad_joined` of counts, padding written too: whether all of it fitted."""
+    at, row = 0, 0
+    if len(counts) != len(ids) or ids_BPK.shape != weights_BPK.shape or ids_BPK.shape[:2] != supervised.shape:
+        return False
+    for b in range(supervised.shape[0]):
+        for p in range(supervised.shape[1]):
+            size = 0
+            if supervised[b, p]:
+                if row == len(sizes) or not 0 <= sizes[row] <= min(ids_BPK.shape[2], len(ids) - at):
+                    return False
+                size = sizes[row]
+                row += 1
+            for j in range(size):
+                ids_BPK[b, p, j] = ids[at + j]
+            for j in range(size):
+                weights_BPK[b, p, j] = np.float32(np.float64(counts[at + j]) / np.float64(rounds))
+            ids_BPK[b, p, size:] = 0
+            weights_BPK[b, p, size:] = 0
+            at += size
     return row == len(sizes) and at == len(ids)

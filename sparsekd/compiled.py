@@ -64,6 +64,11 @@ def scratch(name: str) -> Callable[[int, Any], Array]:
     return empty
 
 
+def fresh(name: str) -> Callable[[int, Any], Array]:
+    """`np.empty`, where `scratch` could be given: for arrays that the caller keeps."""
+    return np.empty
+
+
 def stamps(size: int, count: int) -> tuple[Array, int]:
     """A set of numbers below `size` that needs no clearing: [size] uint32 and a `mark` above all that is in it.
 

@@ -5,7 +5,9 @@ Shapes: B rows, P positions of each, M entries of a row, K entries of the longes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,17 @@ from .flat import FlatTargets
 Array = NDArray[Any]
 
 _MOST_BYTES = 2**31  # of one row; a file of some MB must not make us allocate more
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PaddedRows:
+    """B rows as a student reads them: input_ids [B, L] uint32, supervised [B, L] bool, ids [B, L - 1, K] int64 and
+    weights [B, L - 1, K] float32, as `pad_rows` makes them."""
+
+    input_ids: Array
+    supervised: Array
+    ids: Array
+    weights: Array
 
 
 def pad_rows(rows: Sequence[FlatTargets], supervised_BP: Array) -> tuple[Array, Array]:
@@ -52,6 +65,24 @@ def pad_rows(rows: Sequence[FlatTargets], supervised_BP: Array) -> tuple[Array, 
         row_ids[kept] = row.ids
         row_weights[kept] = row.weights
     return ids, weights
+
+
+def pad_joined(flat: FlatTargets, supervised_BP: Array) -> tuple[Array, Array] | None:
+    """`pad_rows` of rows whose counts `FlatTargets.join` put together, in one call that writes the padding too.
+
+    None where numba is not at hand, for other targets, and for arrays beyond 2 GiB: take `pad_rows`.
+    """
+    count, positions = supervised_BP.shape
+    shape, fast = (count, positions, max(1, int(flat.sizes.max(initial=0)))), compiled.kernels()
+    plain = flat.rounds is not None and flat.importance is None and flat.scale is None and flat.curve is None
+    if fast is None or not plain or 12 * math.prod(shape) > _MOST_BYTES:
+        return None
+    ids, weights = np.empty(shape, np.int64), np.empty(shape, np.float32)
+    try:
+        fitted = fast.pad_counts(flat.ids, flat.values, flat.sizes, flat.rounds, supervised_BP, ids, weights)
+    except TypeError:  # arrays of other types or strides than a decoder's
+        return None
+    return (ids, weights) if fitted else None
 
 
 def _pad_quickly(row: FlatTargets, supervised: Array, ids: Array, weights: Array) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-Read = Callable[[Sequence[int]], list[Any]]
+Read = Callable[[Sequence[int]], Sequence[Any]]
 
 
 class ReadAhead:
@@ -23,10 +23,10 @@ class ReadAhead:
 
     def __init__(self) -> None:
         self._last: Sequence[int] = ()
-        self._guess: tuple[Any, Future[list[Any]]] | None = None
+        self._guess: tuple[Any, Future[Sequence[Any]]] | None = None
         self._thread: ThreadPoolExecutor | None = None
 
-    def __call__(self, read: Read, indices: Sequence[int], *, size: int, epoch: int) -> list[Any]:
+    def __call__(self, read: Read, indices: Sequence[int], *, size: int, epoch: int) -> Sequence[Any]:
         """The rows `indices` of an order of `size` rows; an epoch's guess is never taken for another's."""
         asked, guess = (epoch, tuple(indices)), self._guess
         rows = guess[1].result() if guess is not None and guess[0] == asked else None

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,7 +176,7 @@ class ShardReader:
         self._offsets = np.frombuffer(raw["offsets"], "<i8")
         self._crcs = np.frombuffer(raw["crc32c"], "<u4")
         self._hashes = np.frombuffer(raw["input_hash"], "<u8")
-        self._ids = self._ids_of_ranks(raw["id_rank"]) if "id_rank" in raw else None
+        self.ids = self._ids_of_ranks(raw["id_rank"]) if "id_rank" in raw else None
         self._bits = {name: (raw[name], bits) for name in ("starts", "supervised")}
         begin, end = spans["payload"]
         self._payload = data_start + begin
@@ -197,10 +197,21 @@ class ShardReader:
     @property
     def ranked(self) -> bool:
         """Whether the shard has an id_rank."""
-        return self._ids is not None
+        return self.ids is not None
 
     def read_row(self, row: int) -> ShardRow:
         """Row `row` of this shard (0 .. len - 1), in one range; FormatError when its crc32c is wrong."""
+        block, starts, supervised = self.read_bits(row)
+        return ShardRow(
+            block=block,
+            input_hash=int(self._hashes[row]),
+            starts=self._mask(starts),
+            supervised=self._mask(supervised),
+            ids=self.ids,
+        )
+
+    def read_bits(self, row: int) -> tuple[bytes, bytes, bytes]:
+        """`read_row`'s block, starts and supervised, the masks as bits; FormatError likewise."""
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of a shard of {len(self)} rows")
         begin, end = int(self._offsets[row]), int(self._offsets[row + 1])
@@ -213,21 +224,15 @@ class ShardReader:
                 f"{self.path}: row {index} has crc32c {crc:#010x}, recorded is {recorded:#010x}; "
                 "the file is damaged: delete it and run the same capture again"
             )
-        return ShardRow(
-            block=block,
-            input_hash=int(self._hashes[row]),
-            starts=self._mask(starts),
-            supervised=self._mask(supervised),
-            ids=self._ids,
-        )
+        return block, starts, supervised
 
     def _row_bits(self, name: str, row: int) -> bytes:
         raw, width = self._bits[name]
         return raw[row * width : (row + 1) * width]
 
     def _mask(self, bits: bytes) -> Array:
-        packed = np.frombuffer(bits, np.uint8)
-        return np.unpackbits(packed, count=self.header["spec"]["seq_len"], bitorder="little").astype(bool)
+        mask: Array = masks([bits], self.header["spec"]["seq_len"])[0]
+        return mask
 
     def close(self) -> None:
         self._source.close()
@@ -237,6 +242,12 @@ class ShardReader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def masks(rows: Sequence[bytes], seq_len: int) -> Array:
+    """[B, L] bool of B rows' bits, as `ShardReader.read_bits` gives them."""
+    packed = np.frombuffer(b"".join(rows), np.uint8).reshape(len(rows), -1)
+    return np.unpackbits(packed, axis=1, count=seq_len, bitorder="little").view(bool)
 
 
 def _container(source: Source, path: str) -> tuple[dict[str, Any], int]:

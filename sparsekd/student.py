@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sparsekd.cache import CacheReader
@@ -24,7 +25,7 @@ from sparsekd.fused import fused_linear_sparse_kl
 from sparsekd.losses import LossOptions, full_kl
 from sparsekd.models import body_of, check_rebuilt, head_of, inner_model
 from sparsekd.order import permute
-from sparsekd.padded import pad_rows
+from sparsekd.padded import PaddedRows, pad_rows
 from sparsekd.prefix_sets import PrefixSets, prefix_set_ce
 from sparsekd.read_ahead import ReadAhead
 from sparsekd.residuals import hard_token_weights
@@ -213,26 +214,34 @@ class CacheDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> Any:
         return self.rows[self.row_number(index)]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+    def __getitems__(self, indices: Sequence[int]) -> Sequence[Any]:
         """The items of a batch, as torch's data loader asks for them."""
         if torch.utils.data.get_worker_info() is not None:
             return self._items(self.epoch, indices)
         return self._read_ahead(partial(self._items, self.epoch), indices, size=len(self), epoch=self.epoch)
 
-    def _items(self, epoch: int, indices: Sequence[int]) -> list[Any]:
+    def _items(self, epoch: int, indices: Sequence[int]) -> Sequence[Any]:
         numbers = np.asarray(indices, np.int64)
         if self.shuffle and len(numbers):
             numbers = permute(numbers, self.size, self.seed, epoch)
-        rows = [self.rows[number] for number in numbers.tolist()]
-        return rows if self.collate is None or not rows else CollatedRows(rows, self.collate)
+        if self.collate is None or not len(numbers):
+            return [self.rows[number] for number in numbers.tolist()]
+        return CollatedRows(self.rows, numbers.tolist(), self.collate)
 
 
-class CollatedRows(list[Any]):
-    """Rows whose batch is made already, on the thread that read them."""
+class CollatedRows(Sequence[Any]):
+    """Rows by number whose batch is made already, on the thread that read them; a row is read again if asked for."""
 
-    def __init__(self, rows: list[Any], collate: SparseKDCollator) -> None:
-        super().__init__(rows)
-        self.collator, self.batch = collate, collate(rows)
+    def __init__(self, rows: Any, numbers: Sequence[int], collate: SparseKDCollator) -> None:
+        self.rows, self.numbers, self.collator = rows, numbers, collate
+        at_once = rows.padded(numbers) if isinstance(rows, CacheReader) and collate.with_targets else None
+        self.batch = collate.of_rows(list(self)) if at_once is None else collate.of_padded(at_once)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, at: Any) -> Any:
+        return self.rows[self.numbers[at]]
 
 
 class SparseKDCollator:
@@ -251,22 +260,35 @@ class SparseKDCollator:
         """Tensors [B, L], [B, L] and twice [B, L-1, K]; targets are padded with weight 0 to the batch's largest K."""
         if isinstance(rows, CollatedRows) and rows.collator is self:
             return rows.batch
-        ids = np.stack([row.input_ids for row in rows]).astype(np.int64)
+        return self.of_rows(rows)
+
+    def of_rows(self, rows: Sequence[Any]) -> dict[str, Tensor]:
+        """The batch of rows read one by one."""
         supervised = np.stack([row.supervised for row in rows])
-        supervised[:, 0] = False
-        batch = {
-            "input_ids": torch.from_numpy(ids),
-            "labels": torch.from_numpy(np.where(supervised, ids, -100)),
-        }
-        if self.with_targets and hasattr(rows[0], "flat"):
-            if rows[0].flat.curve is not None:
-                raise MismatchError(
-                    "these targets are sorted curves, which say nothing about ids: train with method=uld or alm, or "
-                    "capture with a sampler"
-                )
-            kd_ids, kd_weights = pad_rows([row.flat for row in rows], np.stack([row.supervised[1:] for row in rows]))
-            batch["kd_ids"], batch["kd_weights"] = torch.from_numpy(kd_ids), torch.from_numpy(kd_weights)
-        return batch
+        batch = _inputs(np.stack([row.input_ids for row in rows]), supervised)
+        if not self.with_targets or not hasattr(rows[0], "flat"):
+            return batch
+        if rows[0].flat.curve is not None:
+            raise MismatchError(
+                "these targets are sorted curves, which say nothing about ids: train with method=uld or alm, or "
+                "capture with a sampler"
+            )
+        return batch | _targets(*pad_rows([row.flat for row in rows], supervised[:, 1:]))
+
+    def of_padded(self, rows: PaddedRows) -> dict[str, Tensor]:
+        """The same batch, of rows that were read and padded together."""
+        return _inputs(rows.input_ids, rows.supervised) | _targets(rows.ids, rows.weights)
+
+
+def _inputs(input_ids_BL: NDArray[Any], supervised_BL: NDArray[Any]) -> dict[str, Tensor]:
+    ids = input_ids_BL.astype(np.int64)
+    labels = np.where(supervised_BL, ids, -100)
+    labels[:, 0] = -100
+    return {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
+
+
+def _targets(ids: NDArray[Any], weights: NDArray[Any]) -> dict[str, Tensor]:
+    return {"kd_ids": torch.from_numpy(ids), "kd_weights": torch.from_numpy(weights)}
 
 
 def student_trainer(**settings: Any) -> Any:
