@@ -274,8 +274,6 @@ def split_rows(
         length, size, end, positions = spans[b, 0], spans[b, 1], spans[b, 2], spans[b, 3]
         if min(length, size, positions) < 0 or length > len(classes) - class_at or size > len(data) - byte_at:
             return -1
-        if positions > len(sizes) - size_at:
-            return -1
         row = (classes[class_at : class_at + length], data[byte_at : byte_at + size], end, first)
         found = _split_row(
             *(row, positions, rounds, width, supervised[b], _table(tables[b], width), (starts, heads), seen, mark),

@@ -220,7 +220,7 @@ def test_no_hostile_batch_leads_out_of_bounds(monkeypatch):
             span = np.array([[size, 4 + lows, 4, positions]] * 2)
             if rng.random() < 0.3:
                 span[rng.integers(2), rng.integers(4)] += rng.choice([-(2**62), -5, -1, 1, 5, 2**62])
-            room = 2 * size - int(rng.integers(3)) * (rng.random() < 0.2)
+            room = 2 * size if rng.random() < 0.8 else int(rng.integers(2 * size))
             numbers = [guarded(np.zeros(room), np.uint32) for _ in range(2)]
             sizes = guarded(np.zeros(2 * positions), np.int64)
             starts, heads = guarded(np.zeros(size + 1), np.uint8), guarded(np.zeros(size), np.uint32)
