@@ -61,7 +61,7 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "ALM": (CURVES, {"method": "alm"}),
     "transcoded": (DRAWS, {}),
 }
-DECODER, ENCODER_DECODER = "decoder", "encoder–decoder"
+DECODER, ENCODER_DECODER = "Llama", "T5"
 # An encoder-decoder reads no packed rows, which transcoded draws are.
 KINDS = {DECODER: list(WAYS), ENCODER_DECODER: [name for name in WAYS if WAYS[name][0] == CURVES]}
 MEASURES = {"F1": "f1", "Rouge-Lsum": "rouge_lsum", "exact": "exact_match"}

@@ -50,5 +50,5 @@ def test_the_whole_course(tmp_path, monkeypatch):
         json.dumps({name: {"mean": 0.25} for name in qa.MEASURES.values()})
     )
     again = qa.qa(tmp_path / "qa", settings)
-    assert again.ours.rows["decoder, transcoded"][0].mean == 25.0
+    assert again.ours.rows[f"{qa.DECODER}, transcoded"][0].mean == 25.0
     assert qa.plot_f1(again).axes
