@@ -49,7 +49,10 @@ COLUMNS = (
     Column(name="bits per byte", form=".3f"),
     Column(name="CE to ceiling", unit="%", form=".0f"),
     Column(name="of KD's own gain", unit="%", form=".0f"),
+    Column(name="acceptance", unit="%", form=".1f"),
 )
+# Held-out rows whose positions acceptance is taken at: about 80 of each.
+ACCEPTANCE_ROWS = 12
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,13 +80,14 @@ def crosstok(folder: Path, settings: Settings) -> Result:
     world = make_world(lab)
     outcomes = run_arms(lab, world)
     bits = {name: None if o.diverged() else _bits(outcomes, name) for name, o in outcomes.items()}
+    kept = acceptances(lab, world, outcomes)
     return Result(
-        ours=Table(columns=COLUMNS, rows={name: cells(outcomes, name) for name in LABELS}),
+        ours=Table(columns=COLUMNS, rows={name: (*cells(outcomes, name), over(kept[name])) for name in LABELS}),
         scale=scale_of(lab, "tokens shared by teacher and student; another tokenizer is its poster's future work")
         + f" The student's tokenizer has {world.survey['vocab_size']:,} entries and makes "
         f"{world.survey['tokens_per_teacher_token']:.2f} tokens of one of the teacher's.",
-        findings=(_goal(outcomes), *(judge(outcomes, claim) for claim in CLAIMS), _cost(world.survey)),
-        data={"bits": bits},
+        findings=(_goal(outcomes), *(judge(outcomes, claim) for claim in CLAIMS), _cost(world.survey), ACCEPTANCE),
+        data={"bits": bits, "acceptance": kept},
     )
 
 
@@ -218,6 +222,45 @@ def written(lab: Lab, batch_size: int = 100) -> list[str]:
     return texts
 
 
+# --- acceptance -----------------------------------------------------------------------------------------------------
+
+
+def acceptances(lab: Lab, world: World, outcomes: Outcomes) -> dict[str, list[float]]:
+    """Mean acceptance in % by label and seed (see `cross_acceptance`), kept beside each student; [] if it diverged."""
+    found: dict[str, list[float]] = {}
+    exam: Any = None
+    for label, outcome in outcomes.items():
+        found[label] = []
+        for seed in () if outcome.diverged() else lab.settings.seeds:
+            folder = lab.student_folder(outcome.arm, seed, world.caches[label])
+            if not (folder / "acceptance.json").exists():
+                exam = exam or _open_exam(lab, world)
+                write_json(folder / "acceptance.json", _accepted(exam, folder, own=label in (CE_THEIRS, CEILING)))
+            found[label].append(100 * json.loads((folder / "acceptance.json").read_text())["acceptance"])
+    return found
+
+
+def _open_exam(lab: Lab, world: World) -> Any:
+    from sparsekd.cross_acceptance import open_exam
+
+    lab.say("  lab: acceptance where both tokenizers begin a token")
+    return open_exam(
+        teacher=lab.teacher(),
+        tokenizer=world.tokenizer,
+        count=ACCEPTANCE_ROWS,
+        device=lab.settings.device,
+        **world.exams[1],
+    )
+
+
+def _accepted(exam: Any, folder: Path, *, own: bool) -> dict[str, Any]:
+    from sparsekd.cross_acceptance import cross_acceptance, own_acceptance
+    from sparsekd.models import open_model
+
+    accepted_P = (own_acceptance if own else cross_acceptance)(exam, open_model(str(folder)))
+    return {"acceptance": float(accepted_P.mean()), "positions": len(accepted_P)}
+
+
 # --- what is found --------------------------------------------------------------------------------------------------
 
 
@@ -258,6 +301,13 @@ def _goal(outcomes: Outcomes) -> Finding:
         f"vocabularies differ by.",
         holds=way.mean >= GOAL,
     )
+
+
+ACCEPTANCE = Finding(
+    text="Acceptance is taken where both tokenizers begin a token. The teacher's whole distribution goes through the "
+    "transcoder; a set counts as much as the student gives to all of its tokens, so it is an upper bound where a set "
+    "has several. Students with the teacher's tokenizer: exact, of the teacher's tokens at the same bytes."
+)
 
 
 def _cost(survey: Mapping[str, Any]) -> Finding:

@@ -281,9 +281,9 @@ class Lab:
         self._train([(str(folder), *job) for folder, job in todo.items()], teacher, exam)
         return [self._outcome(arm, [paths[arm.label, seed] for seed in self.settings.seeds]) for arm in arms]
 
-    def student_folder(self, arm: Arm, seed: int) -> Path:
-        """Where the student of an arm and a seed lies once it was run."""
-        return self._student(arm, seed, self.cache(arm, student_seed=seed))
+    def student_folder(self, arm: Arm, seed: int, cache: str | None = None) -> Path:
+        """Where the student of an arm and a seed lies once it was run (with a cache of its own, if it had one)."""
+        return self._student(arm, seed, cache or self.cache(arm, student_seed=seed))
 
     def _student(self, arm: Arm, seed: int, cache: str) -> Path:
         if arm.name:

@@ -60,10 +60,12 @@ def test_one_small_run(world, tmp_path, monkeypatch):
     )
     monkeypatch.setitem(lab_module.SETTINGS, "quick", tiny)
     monkeypatch.setattr(Lab, "_train", trained_here)
+    monkeypatch.setattr(crosstok, "ACCEPTANCE_ROWS", 2)
     settings = Settings(seeds=1, rows=world.rows, teacher=world.teacher, say=lambda _: None)
     result = crosstok.crosstok(tmp_path / "crosstok", settings)
     assert set(result.ours.rows) == set(LABELS)
     assert all(len(values) == 1 for values in result.data["bits"].values())
+    assert all(0 < value < 100 for [value] in result.data["acceptance"].values())
     assert crosstok.plot_bits(result).axes
     home = tmp_path / "crosstok-lab" / "world"
     readers = [RowsReader(home / f"heldout-{whose}", "train") for whose in ("student", "teacher")]
