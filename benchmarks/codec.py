@@ -4,8 +4,9 @@
 
 Without a cache, a small language model is trained on the standard library's source text (V = 8,192, a few minutes) and
 its draws are taken (--rounds of them). Bytes and the first two rates are those of the targets; "row" has whole rows,
-input ids and ids by rank included. Decoding is to the flat arrays of a row, each let go before the next; "batch" goes
-on to padded arrays. Where the extra `fast` is installed, what it compiles has lines of its own.
+input ids and ids by rank included. Decoding is to the flat arrays of a row, each let go before the next; "16 dec"
+decodes 16 rows by one call into memory used again, "16 padded" goes on to padded arrays; a codec without such a call
+takes them one by one. Where the extra `fast` is installed, what it compiles has lines of its own.
 
 The floor is that of a model which knows, as empirical frequencies of this very data: how often each partition of N into
 counts occurs, and how often each id does; ids of one count of a position are a set. A position with groups of g_1, g_2,
@@ -30,13 +31,13 @@ import pyarrow.parquet as pq
 
 from sparsekd import compiled
 from sparsekd.cache import CacheReader, RowRecord
-from sparsekd.codec import CODECS, COUNTS, FlatTargets, codec_spec, decode, decode_row, encode, encode_row
+from sparsekd.codec import CODECS, COUNTS, FlatTargets, codec_spec, decode, decode_row, decode_rows, encode, encode_row
 from sparsekd.codec_ints import zstd_version
 from sparsekd.errors import RecipeError
 from sparsekd.id_ranks import id_ranks
-from sparsekd.padded import pad_rows
+from sparsekd.padded import pad_joined, pad_rows
 
-REPEATS = 5
+REPEATS, BATCH = 5, 16
 
 
 def best_seconds(function: Callable[[], object], repeats: int = REPEATS) -> float:
@@ -74,8 +75,8 @@ def floor_bytes(flat: FlatTargets) -> tuple[float, float]:
 
 
 def measure_codec(name: str, records: list[RowRecord], width: int) -> list[float]:
-    """Bytes per position, Mtokens/s of encoding and decoding targets, of the same for rows, and to a batch, and bytes
-    per token with input ids."""
+    """Bytes per position, Mtokens/s of encoding and decoding targets, of the same for rows, of rows by the batch, as
+    they are and padded, and bytes per token with input ids."""
     spec = codec_spec(name, logit_width=width, rounds=records[0].targets.rounds)
     ranked = id_ranks([r.targets for r in records], width) if CODECS[name].ranked else None
     ranks, ids, table = (ranked.ranks, ranked.ids, len(ranked.table)) if ranked else (None, None, 0)
@@ -92,9 +93,14 @@ def measure_codec(name: str, records: list[RowRecord], width: int) -> list[float
     row_decoding = best_seconds(lambda: all(_row(row, r, spec, ids) for row, r in zip(rows, records, strict=True)))
     for row, record in zip(rows, records, strict=True):
         _check(decode_row(row, len(record.input_ids), record.supervised, spec, ids), record)
-    batching = best_seconds(lambda: all(_batch(row, r, spec, ids) for row, r in zip(rows, records, strict=True)))
+    batches = [
+        (rows[begin : begin + BATCH], np.stack([r.supervised for r in records[begin : begin + BATCH]]))
+        for begin in range(0, len(rows), BATCH)
+    ]
+    together = best_seconds(lambda: all(_decode_batch(*each, spec, ids)[0] is not None for each in batches))
+    padding = best_seconds(lambda: all(len(_pad_batch(*each, spec, ids)) == 2 for each in batches))
     whole = (sum(map(len, rows)) + table) / sum(len(r.input_ids) for r in records)
-    rates = [tokens / seconds / 1e6 for seconds in (encoding, decoding, row_encoding, row_decoding, batching)]
+    rates = [tokens / seconds / 1e6 for seconds in (encoding, decoding, row_encoding, row_decoding, together, padding)]
     return [(sum(map(len, blocks)) + table) / tokens, *rates, whole]
 
 
@@ -102,9 +108,17 @@ def _row(row: bytes, record: RowRecord, spec: dict, ids: np.ndarray | None) -> b
     return len(decode_row(row, len(record.input_ids), record.supervised, spec, ids)[0]) > 0
 
 
-def _batch(row: bytes, record: RowRecord, spec: dict, ids: np.ndarray | None) -> bool:
-    _, flat = decode_row(row, len(record.input_ids), record.supervised, spec, ids)
-    return len(pad_rows([flat], record.supervised[None, 1:])) == 2
+def _decode_batch(rows: list[bytes], supervised: np.ndarray, spec: dict, ids: np.ndarray | None) -> tuple:
+    """Input ids and targets of all rows, or a list of those of each."""
+    found = decode_rows(rows, supervised, spec, [ids] * len(rows), compiled.scratch)
+    return found or list(
+        zip(*(decode_row(row, len(m), m, spec, ids) for row, m in zip(rows, supervised, strict=True)), strict=True)
+    )
+
+
+def _pad_batch(rows: list[bytes], supervised: np.ndarray, spec: dict, ids: np.ndarray | None) -> tuple:
+    flats, places = _decode_batch(rows, supervised, spec, ids)[1], np.ascontiguousarray(supervised[:, 1:])
+    return pad_joined(flats, places) if isinstance(flats, FlatTargets) else pad_rows(flats, places)
 
 
 def _renamed(flat: FlatTargets, ranks: np.ndarray) -> FlatTargets:
@@ -218,7 +232,7 @@ def report(path: str, most_rows: int, seq_len: int) -> None:
     )
     print(
         f"{'':<26}{'bytes/token':>12}{'/ floor':>9}{'/ paper':>9}{'enc Mtok/s':>12}{'dec Mtok/s':>12}{'row enc':>12}"
-        f"{'row dec':>12}{'batch Mt/s':>12}{'with input':>12}"
+        f"{'row dec':>12}{'16 dec':>12}{'16 padded':>12}{'with input':>12}"
     )
 
     def line(name: str, size: float, *rates: float) -> None:

@@ -1,11 +1,13 @@
 """What reading a cache costs: shuffled batches to ready tensors, one random row, finding a row among 10^9, waiting.
 
-    python benchmarks/reading.py [--vocab 128256] [--rounds 5]
+    python benchmarks/reading.py [CACHE] [--vocab 128256] [--rounds 5]
 
 Tokens per second of one core (CPU seconds, warm page cache) through CacheDataset and SparseKDCollator, in batches of 8
 rows of 4,096 tokens with about 15 ids each, beside the same targets as Parquet lists and as a `datasets` table where
 those packages are. The wait is what a training step finds left to do when it asks for its next batch: the demo's
 student, 16 rows of 128 tokens, through a torch DataLoader. The last line is JSON.
+
+Of a CACHE: its own epoch in batches of 16 rows, each batch at once and row by row, and nothing else.
 """
 
 from __future__ import annotations
@@ -64,11 +66,25 @@ def write_cache(folder: Path, records: list[RowRecord], vocab: int, codec: str) 
     return CacheReader(folder)
 
 
-def epoch(rows: CacheReader):
+def epoch(rows: CacheReader, batch: int = BATCH):
     """A shuffled epoch to ready tensors, without the thread that reads ahead: one core does it all."""
-    dataset, collate = skd.CacheDataset(rows, seed=0), skd.SparseKDCollator()
-    for start in range(0, len(rows), BATCH):
-        collate(dataset._items(0, range(start, min(start + BATCH, len(rows)))))
+    collate = skd.SparseKDCollator()
+    dataset = skd.CacheDataset(rows, seed=0, collate=collate)
+    for start in range(0, len(rows), batch):
+        collate(dataset._items(0, range(start, min(start + batch, len(rows)))))
+
+
+def row_by_row(rows: CacheReader, batch: int):
+    """`epoch`, as it is where a codec has no way for many rows."""
+    with patch.object(CacheReader, "padded", lambda *_: None):
+        epoch(rows, batch)
+
+
+def report_cache(path: str, rounds: int) -> None:
+    with CacheReader(path) as rows:
+        runs = {"a batch at once": lambda: epoch(rows, 16), "row by row": lambda: row_by_row(rows, 16)}
+        for name, spent in medians(alternating(runs, rounds)).items():
+            print(f"{name:<18}{rows.stats['tokens'] / spent / 1e6:>6.2f} M tokens/s to ready tensors")
 
 
 def peers(folder: Path, records: list[RowRecord]) -> dict[str, object]:
@@ -188,12 +204,17 @@ def waits(folder: Path, steps: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("cache", nargs="?")
     parser.add_argument("--vocab", type=int, default=128_256)
     parser.add_argument("--rounds", type=int, default=5)
     a = parser.parse_args()
     torch.set_num_threads(1)
     # As in a process that has read a million tokens: before that numba is not waited for.
     steady = patch.object(compiled, "kernels", lambda values=0: compiled.load())
+    if a.cache:
+        with steady:
+            report_cache(a.cache, a.rounds)
+        return
     with tempfile.TemporaryDirectory() as name, steady:
         folder = Path(name)
         records = make_records(2 * BATCH, SEQ_LEN, a.vocab)
