@@ -85,7 +85,7 @@ def ids_within(logits_NV: Tensor, block_P: Tensor, fraction_P: Tensor, temperatu
     """
     opens = torch.ones_like(block_P, dtype=torch.bool)
     torch.ne(block_P[1:], block_P[:-1], out=opens[1:])
-    ends = _interval_ends(_tilted(_block_logits(logits_NV, block_P[opens]), temperature))
+    ends = _interval_ends(tilted(_block_logits(logits_NV, block_P[opens]), temperature))
     # One search for all points of all rows: whole numbers of 2^-40, so that no row depends on where it stands in the
     # batch, and one opened block's numbers lie above the one's before.
     opened = opens.cumsum(0) - 1
@@ -138,7 +138,7 @@ def _softmaxes(logits_NV: Tensor, temperature: float = 1.0) -> Iterator[tuple[sl
         part = logits_NV[rows]
         p = buffer[: len(part)]
         torch.softmax(
-            part if temperature == 1 else _tilted(scaled[: len(part)].copy_(part), temperature), -1, dtype=dtype, out=p
+            part if temperature == 1 else tilted(scaled[: len(part)].copy_(part), temperature), -1, dtype=dtype, out=p
         )
         yield rows, p
 
@@ -156,7 +156,7 @@ def _finite(masses: Tensor) -> Tensor:
     return masses
 
 
-def _tilted(logits: Tensor, temperature: float) -> Tensor:
+def tilted(logits: Tensor, temperature: float) -> Tensor:
     """temperature * logits, in place; 0 * -inf is -inf here: q's support is p's, so a uniform proposal (temperature 0)
     leaves out ids that are masked."""
     logits.mul_(temperature)

@@ -33,16 +33,19 @@ from sparsekd.importance import ImportanceDraws, join_draws, what_weighs
 from sparsekd.inversion import (
     LOWEST,
     Points,
+    block_sums,
+    chunks,
     draw_parts,
     even_points,
     ids_within,
+    in_blocks,
     independent_points,
     join_parts,
     locate,
     merge_ascending,
-    parts_of,
     refuse,
     stable_top,
+    tilted,
     unchecked_masses,
     working_dtype,
 )
@@ -177,16 +180,24 @@ def shares(logits_NV: Tensor, split: Split, temperatures: tuple[float, ...]) -> 
     found = [unchecked_masses(logits_NV, each) for each in temperatures]
     totals = [log2.masked_fill(impossible, -torch.inf) for _, log2 in found]
     peak_WN, *totals_WN = split.gather(torch.stack([own_peak, *totals])).unbind(1)
-    peak = peak_WN.amax(0)
-    if not bool(torch.isfinite(peak).all()):
-        refuse(~torch.isfinite(peak))
-    below_WN = (peak_WN - peak).masked_fill_(peak_WN == -torch.inf, 0) / math.log(2)
+    peak = _peak(peak_WN)
     together = []
     for (masses, _), temperature, total_WN in zip(found, temperatures, totals_WN, strict=True):
-        ends = (total_WN + temperature * below_WN).exp2().T.cumsum(-1)
+        # Rounded as `unchecked_masses` rounds logits: a share is as heavy as its own ids are.
+        tilted_WN = tilted(peak_WN.to(working_dtype(logits_NV), copy=True), temperature).double()
+        below_WN = (tilted_WN - tilted_WN.amax(0)).masked_fill_(peak_WN == -torch.inf, 0)
+        ends = (total_WN + below_WN / math.log(2)).exp2().T.cumsum(-1)
         masses = masses.masked_fill_(impossible[:, None], 1)  # no point falls there, but a search must end
         together.append(Shares(masses=masses, ends=ends, peak=peak, log2_total=ends[:, -1].log2()))
     return together
+
+
+def _peak(peak_WN: Tensor) -> Tensor:
+    """[N] the largest logits of all processes; NaN and inf of any of them are refused in all."""
+    peak = peak_WN.amax(0)
+    if not bool(torch.isfinite(peak).all()):
+        refuse(~torch.isfinite(peak))
+    return peak
 
 
 def ids_at_split(logits_NV: Tensor, points_NR: Tensor, split: Split, own: Shares, temperature: float = 1.0) -> Tensor:
@@ -253,33 +264,29 @@ def logits_of(logits_NV: Tensor, ids_NK: Tensor, split: Split) -> Tensor:
 
 
 def top_k(logits_NV: Tensor, keys: Keys, split: Split, *, k: int) -> SparseTargets:
-    """`top_k` of the whole head, from k candidates of each process: two all-gathers of [N, k].
+    """`top_k` of the whole head, from k candidates of each process: all-gathers of [N, k] twice and of [N] twice.
 
     Of ids that tie for the last place another may be kept than one process keeps.
     """
-    kept = min(k, split.vocab_size)
-    parts = []
-    for part_NV, _ in parts_of(logits_NV, keys, 4 * split.vocab_size):
-        (own,) = shares(part_NV, split, (1.0,))
-        below_NV = (part_NV - own.peak.to(working_dtype(part_NV))[:, None]).clamp_(min=LOWEST)
-        values, ids = _best(*_candidates(below_NV, kept, split), kept)
-        parts.append((ids, (values.double().exp() / own.log2_total.exp2()[:, None]).float()))
-    return join_parts(parts)
+    kept, own = min(k, split.vocab_size), min(k, logits_NV.shape[1])
+    peak = _peak(split.gather(logits_NV.amax(-1).double()))
+    parts = [part_NV for part_NV, _ in chunks(logits_NV, keys)]
+    found = [_own_top(*part, own) for part in zip(parts, peak.split([len(part) for part in parts]), strict=True)]
+    values, ids, total = (torch.cat(column) for column in zip(*found, strict=True))
+    missing = (0, kept - own)  # of a process that has fewer ids than are kept
+    values = split.gather(torch.nn.functional.pad(values, missing, value=-torch.inf))
+    ids = split.gather(torch.nn.functional.pad((ids + split.start).int(), missing))
+    values, slot = values.transpose(0, 1).flatten(1).sort(dim=-1, descending=True, stable=True)
+    ids = ids.transpose(0, 1).flatten(1).long().gather(-1, slot[:, :kept])
+    weights = values[:, :kept].double().exp() / split.gather(total).sum(0)[:, None]
+    return SparseTargets(ids=ids, weights=weights.float())
 
 
-def _candidates(below_NV: Tensor, kept: int, split: Split) -> tuple[Tensor, Tensor]:
-    """[N, W * kept] values and ids of each process's largest; what one has fewer of is -inf."""
-    values, ids = stable_top(below_NV, min(kept, below_NV.shape[1]))
-    missing = (0, kept - values.shape[1])
-    values = torch.nn.functional.pad(values, missing, value=-torch.inf)
-    ids = torch.nn.functional.pad((ids + split.start).int(), missing)
-    return split.gather(values).transpose(0, 1).flatten(1), split.gather(ids).transpose(0, 1).flatten(1).long()
-
-
-def _best(values: Tensor, ids: Tensor, kept: int) -> tuple[Tensor, Tensor]:
-    """The first of candidates that stand in the order of ids where they tie."""
-    values, slot = values.sort(dim=-1, descending=True, stable=True)
-    return values[:, :kept], ids.gather(-1, slot[:, :kept])
+def _own_top(logits_NV: Tensor, peak_N: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """[N, k] values below the peak and their ids, and [N] sums of exponentials, of the own ids."""
+    below_NV = (logits_NV - peak_N.to(working_dtype(logits_NV))[:, None]).clamp_(min=LOWEST)
+    values, ids = stable_top(below_NV, k)
+    return values, ids, block_sums(in_blocks(below_NV.exp_())).sum(-1)
 
 
 # The samplers that a split head has.
