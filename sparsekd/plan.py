@@ -165,21 +165,31 @@ def label(sampler: Mapping[str, Any]) -> str:
     return " ".join(str(value) for value in sampler.values())
 
 
+# The table's columns: codecs of one width stand in one, counts and probabilities never in the same line.
+_COLUMNS = {
+    "24 bits": ("raw24", "paper24", "prob24"),
+    "40 bits": ("raw40", "prob40"),
+    "split": ("split", "split_prob"),
+}
+
+
 def plan_text(result: Mapping[str, Any]) -> str:
     """The table that the verb prints; the choice is marked."""
-    codecs = list(dict.fromkeys(name for o in result["options"] for name in o["bytes_by_codec"]))
-    head = ["", "ids", *codecs, "GB", "sq. error", "angle", "cost"]
+    head = ["", "ids", *_COLUMNS, "GB", "sq. error", "angle", "cost"]
     lines = [
         f"entropy {result['entropy']:.2f} nats, V = {result['vocabulary']:,}, {result['sampled_tokens']:,} tokens read",
+        "codecs in bytes per token, input ids included: " + ", ".join("/".join(codecs) for codecs in _COLUMNS.values()),
         f"GB: of {result['tokens']:,} tokens, by the smallest codec; sq. error: over that of the paper's 50 draws",
         f"angle: degrees from the full gradient in the head, in a batch of {result['batch_tokens']:,} tokens, of",
-        f"  {result['student'] or _STAND_IN}",
+        f"  {result['student'] or _STAND_IN};",
+        "  below the head, angles of systematic draws are up to a seventh less, by the order of its rows",
         "cost: drawing, over the teacher's own pass",
         "",
     ]
     table = [head]
     for number, option in enumerate(result["options"]):
-        sizes = [option["bytes_by_codec"].get(name) for name in codecs]
+        found = option["bytes_by_codec"]
+        sizes = [next((found[name] for name in codecs if name in found), None) for codecs in _COLUMNS.values()]
         mark = "→ " if number == result["chosen"] else "  "
         table.append(
             [
