@@ -222,6 +222,19 @@ def tokenizers(world, tmp_path_factory):
     return students(world, tmp_path_factory.mktemp("tokenizers"))
 
 
+@pytest.fixture(scope="module")
+def transcoded(world, tokenizers, tmp_path_factory):
+    """The world's cache in the tokens of "other", with sets and with points: to be read only."""
+    home = tmp_path_factory.mktemp("transcoded")
+    for unresolved in ("set", "point"):
+        transcode(cache=world.cache, tokenizer=tokenizers["other"], out=home / unresolved, unresolved=unresolved)
+    return {unresolved: home / unresolved for unresolved in ("set", "point")}
+
+
+def copy_of(cache, path):
+    return Path(shutil.copytree(cache, path))
+
+
 def test_the_same_tokenizer_gives_the_same_bits(world, tmp_path):
     """unresolved=point on the cache's own tokenizer: every row and count is the input's."""
     transcode(cache=world.cache, tokenizer=str(Path(world.cache) / "tokenizer"), out=tmp_path / "t", unresolved="point")
@@ -270,29 +283,27 @@ def test_rows_keep_their_text_and_the_mass_is_whole(world, tokenizers, tmp_path)
                 assert np.allclose(sums, 1, atol=1e-3)  # what prob40 rounds
 
 
-def test_any_number_of_workers_makes_the_same_bytes(world, tokenizers, tmp_path):
+def test_any_number_of_workers_makes_the_same_bytes(world, tokenizers, transcoded, tmp_path):
     """One process, two, and one that goes on after half of the shards were made and one was damaged."""
     settings = {"cache": world.cache, "tokenizer": tokenizers["other"]}
-    transcode(**settings, out=tmp_path / "one")
     transcode(**settings, out=tmp_path / "two", workers=2)
     assert "manifest" not in transcode(**settings, out=tmp_path / "resumed", shard_range="0:2")
     shard = tmp_path / "resumed" / "shard-00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
     transcode(**settings, out=tmp_path / "resumed")
-    wanted = folder_bytes(tmp_path / "one")
+    wanted = folder_bytes(transcoded["set"])
     assert len(wanted) > 4
     assert folder_bytes(tmp_path / "two") == wanted
     assert folder_bytes(tmp_path / "resumed") == wanted
 
 
 @pytest.mark.parametrize("unresolved", ["point", "set"])
-def test_a_student_trains_on_it(world, tokenizers, tmp_path, unresolved):
+def test_a_student_trains_on_it(transcoded, tmp_path, unresolved):
     """A cache like any other: canary, inspect, steps that learn; a student as wide as its tokenizer, with sets too."""
     from sparsekd.inspect import describe_cache
     from sparsekd.train import train
 
-    out = tmp_path / "t"
-    transcode(cache=world.cache, tokenizer=tokenizers["other"], out=out, unresolved=unresolved)
+    out = transcoded[unresolved]
     assert verify(out).problems == []
     with CacheReader(out) as reader:
         size = reader.spec.tokenizer["vocab_size"]
@@ -311,21 +322,19 @@ def test_a_student_trains_on_it(world, tokenizers, tmp_path, unresolved):
             train(out=tmp_path / "r", max_steps=1, residual="ghost", **words)
 
 
-def test_refusals(world, tokenizers, tmp_path):
+def test_refusals(world, tokenizers, transcoded, tmp_path):
     """What cannot be transcoded is told with the way out."""
     with pytest.raises(RecipeError, match="unresolved='x' is not one of set, point, drop"):
         transcode(cache=world.cache, tokenizer=tokenizers["other"], out=tmp_path / "t", unresolved="x")
     with pytest.raises(RecipeError, match="needs out=FOLDER, or dry_run=true"):
         transcode(cache=world.cache, tokenizer=tokenizers["other"])
-    transcode(cache=world.cache, tokenizer=tokenizers["other"], out=tmp_path / "t")
-    with CacheReader(tmp_path / "t") as reader, pytest.raises(MismatchError, match="made of other caches"):
+    with CacheReader(transcoded["set"]) as reader, pytest.raises(MismatchError, match="made of other caches"):
         recompute(reader, world.teacher, rows=1)
     with pytest.raises(MismatchError, match=r"transcoded\.chain"):
-        transcode(cache=world.cache, tokenizer=tokenizers["other"], out=tmp_path / "t", chain=1)
+        transcode(cache=world.cache, tokenizer=tokenizers["other"], out=transcoded["set"], chain=1)
     with pytest.raises(MismatchError, match="holds sets of tokens"):
-        transcode(cache=tmp_path / "t", tokenizer=tokenizers["smaller"], out=tmp_path / "u")
-    transcode(cache=world.cache, tokenizer=tokenizers["other"], out=tmp_path / "p", unresolved="point")
-    shutil.rmtree(tmp_path / "p" / "tokenizer")
+        transcode(cache=transcoded["set"], tokenizer=tokenizers["smaller"], out=tmp_path / "u")
+    shutil.rmtree(copy_of(transcoded["point"], tmp_path / "p") / "tokenizer")
     with pytest.raises(SourceError, match="carries no tokenizer"):
         transcode(cache=tmp_path / "p", tokenizer=tokenizers["other"], out=tmp_path / "u")
 
@@ -495,12 +504,11 @@ def by_members(path, row):
     return found
 
 
-def test_a_table_of_sets_is_checked(world, tokenizers, tmp_path):
+def test_a_table_of_sets_is_checked(transcoded, tmp_path):
     """Another table, none, or one whose numbers lead beyond it, is refused before the first step."""
     from sparsekd.train import train
 
-    out = tmp_path / "t"
-    transcode(cache=world.cache, tokenizer=tokenizers["other"], out=out, unresolved="set")
+    out = copy_of(transcoded["set"], tmp_path / "t")
     with CacheReader(out) as reader:
         described = reader.spec.data["transcoded"]["sets"]
     table, path = read_table(out, described), out / "sets.safetensors"
@@ -520,13 +528,12 @@ def test_a_table_of_sets_is_checked(world, tokenizers, tmp_path):
     assert read_table(out, described).members(0).tolist() == table.members(0).tolist()
 
 
-def test_other_rows_are_not_pooled(world, tokenizers, tmp_path):
+def test_other_rows_are_not_pooled(world, transcoded, tmp_path):
     """Another tokenizer, and weights that do not fit."""
     from sparsekd.pool import pool
 
-    transcode(cache=world.cache, tokenizer=tokenizers["other"], out=tmp_path / "t")
     with pytest.raises(MismatchError, match="has tokenizer="):
-        pool(caches=[world.cache, str(tmp_path / "t")], out=tmp_path / "p")
+        pool(caches=[world.cache, str(transcoded["set"])], out=tmp_path / "p")
     for weights in ([1.0], [1.0, 0.0], [1.0, float("nan")]):
         with pytest.raises(RecipeError, match="a positive weight for each"):
             pool(caches=[world.cache, world.cache], weights=weights, out=tmp_path / "p")
