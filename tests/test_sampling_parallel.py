@@ -103,11 +103,27 @@ def check_points(world):
         assert (ids.diff(dim=-1) >= 0).all()
 
 
+def keys_of(count):
+    return Keys(seed=0, rows=torch.zeros(count, dtype=torch.int64), positions=torch.arange(count))
+
+
 def drawn_at(world, logits, points, temperature=1.0):
-    own, count = logits[:, world.own(logits.shape[1])], len(logits)
-    keys = Keys(seed=0, rows=torch.zeros(count, dtype=torch.int64), positions=torch.arange(count))
-    split = agree(own, keys, world.shard(logits.shape[1]), "points")
+    own = logits[:, world.own(logits.shape[1])]
+    split = agree(own, keys_of(len(logits)), world.shard(logits.shape[1]), "points")
     return ids_at_split(own, points, split, shares(own, split, (temperature,))[0], temperature)
+
+
+def check_shares(world):
+    """A process's share of q ∝ p^t is that of its ids, to 1e-7 of float64 sums over t z as float32 rounds it: coarsely
+    for logits about 100."""
+    logits = example() + 100
+    own = logits[:, world.own()]
+    split = agree(own, keys_of(N), world.shard(), "shares")
+    for temperature in (1.0, 0.7):
+        ends = shares(own, split, (temperature,))[0].ends
+        sums = (logits * temperature).double().softmax(-1).cumsum(-1)
+        truth = sums[:, torch.tensor([*CUTS[world.size], V]) - 1]
+        assert (ends / ends[:, -1:] - truth).abs().max() < 1e-7
 
 
 def check_law_on_a_grid(world):
