@@ -35,7 +35,7 @@ def kernels(values: int = 0) -> Any:
 
 @cache
 def load() -> Any:
-    """The module `codec_kernels`, imported now (half a second; the first time ever 4 s, to compile), or None."""
+    """The module `codec_kernels`, imported now (half a second; the first time ever 6 to 8 s, to compile), or None."""
     try:
         from numba import config
 
