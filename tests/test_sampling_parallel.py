@@ -75,7 +75,7 @@ def check_targets(world):
     keys = {"seed": 3, "rows": torch.arange(N) // 8 + 2**33, "positions": torch.arange(N) % 8}
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         logits = example(dtype)
-        for sampler, parameters in DRAWS:
+        for sampler, parameters in DRAWS if dtype == torch.float32 else DRAWS[1:4:2]:
             alone = skd.sample(logits, sampler, **keys, **parameters)
             shared = world.sample(logits, sampler, **keys, **parameters)
             same = torch.isclose(shared.densify(V), alone.densify(V), rtol=1e-5, atol=1e-7).all(-1)
@@ -193,11 +193,11 @@ def check_bytes(world):
 
 def check_many_parts(world):
     """More positions than one part takes: parts end at the same position in processes of unequal shares."""
-    logits = torch.randn(1, 40_000, generator=torch.Generator().manual_seed(3)).expand(400, -1)
+    logits = torch.randn(1, 12_000, generator=torch.Generator().manual_seed(3)).expand(560, -1)
     with Sent() as sent:
         shared = world.sample(logits, "systematic", rounds=R)
     assert len(sent.bytes) > 3
-    same = torch.isclose(shared.densify(40_000), skd.sample(logits, "systematic", rounds=R).densify(40_000)).all(-1)
+    same = torch.isclose(shared.densify(12_000), skd.sample(logits, "systematic", rounds=R).densify(12_000)).all(-1)
     assert same.float().mean() > 0.99
     assert world.sample(logits[:0], "systematic", rounds=R).ids.shape[0] == 0
 
