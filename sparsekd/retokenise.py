@@ -421,7 +421,7 @@ def _count(stretch: Stretch, cut: Cut, counts: dict[str, int]) -> None:
     counts["teacher_tokens"] += stretch.last - stretch.first + (stretch.control is not None)
     counts["student_tokens"] += len(cut.ids) + (stretch.control is not None)
     if not cut.comes_back:
-        counts["lost_tokens"] += len(cut.ids)
+        counts["lost_tokens"] += max(1, len(cut.ids))  # no token at all is no less lost
         return
     counts["shared_starts"] += len(shared_starts(stretch.starts, cut.starts)[1]) - 1 + (stretch.control is not None)
     counts["identical_spans"] += len(identical_spans(stretch.starts, cut.starts)[1]) + (stretch.control is not None)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import SEQ_LEN, folder_bytes
-from test_align import FAMILIES, byte_level
+from test_align import FAMILIES, byte_level, fast
 
 from sparsekd.cache import CacheReader, RowRecord, verify
 from sparsekd.capture import capture
@@ -86,6 +86,30 @@ def test_both_ways_lead_to_the_same_rows(families, names):
             round_about = retokenise([(other.ids, other.opens)], after, Answers(pair=back).contexts)
             assert straight[0].ids.tolist() == round_about[0].ids.tolist()
             assert np.flatnonzero(straight[0].starts).tolist() == np.flatnonzero(round_about[0].starts).tolist()
+
+
+def without_bytes():
+    """A Unigram that cannot write what is not among its letters."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocab = [("<unk>", 0.0), ("</s>", 0.0), *((letter, -3.0) for letter in "▁abcdefghijklmnopqrstuvwxyzT")]
+    backend = Tokenizer(models.Unigram(vocab, unk_id=0, byte_fallback=False))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    return fast(backend, unk_token="<unk>", eos_token="</s>")
+
+
+def test_text_that_cannot_be_written_is_lost(families):
+    """Of three rows the one with a character that the other tokenizer does not have; `transcode` counts it too."""
+    pair = pair_of(families["byte_level"], without_bytes())
+    rows = rows_of(families["byte_level"], ["The cat", "你", "the dog"], 40)[0]
+    ends = [0, *(np.flatnonzero(rows.input_ids[:-1] == pair.teacher.eos) + 1).tolist()]
+    found = []
+    for first, last in itertools.pairwise(ends[:4]):
+        part = {name: getattr(rows, name)[first:last] for name in ("input_ids", "starts", "supervised")}
+        found.append(repacked(PackedRow(index=0, **part), pair, pair.teacher.eos)[0] is None)
+        row = retokenise([(part["input_ids"].astype(int), part["starts"])], pair, Answers(pair=pair).contexts)[0]
+        assert (row.counts["lost_tokens"] > 0) == found[-1]
+    assert found == [False, True, False]
 
 
 # --- folders --------------------------------------------------------------------------------------------
