@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hostile_integers import spoilt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_codec_split import N, a_row, draws, spec_of
@@ -196,16 +197,7 @@ def hostile_lists(count):
         positions = int(rng.integers(1, 6))
         flat, spec = draws(rng, positions, 30, 7), spec_of(30, 7)
         values = decode_ints(encode(flat, spec), 10**4)[0].astype(np.int64)
-        for _ in range(int(rng.integers(3))):
-            at = int(rng.integers(len(values)))
-            change = int(rng.integers(6))
-            if change < 3:
-                values[at] = max(0, values[at] + [-1, 1, rng.choice([2, 40, MOST_VALUE - 9])][change])
-            elif change == 3:
-                values = np.delete(values, at) if len(values) > 1 else values
-            else:
-                values = np.insert(values, at, values[int(rng.integers(len(values)))])
-        yield np.minimum(values, MOST_VALUE - 1), positions
+        yield spoilt(values, rng, int(rng.integers(3))), positions
 
 
 def test_hostile_lists_are_refused_in_the_same_words():
