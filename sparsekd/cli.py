@@ -350,13 +350,18 @@ def reproduce(
 
 @app.command(rich_help_panel=WHOLE)
 def demo(
-    out: Annotated[str, typer.Argument(help="Where everything goes.")] = "demo",
-    profile: Annotated[str, typer.Option(help="smoke, quick (about 7 CPU-minutes) or full (about 25).")] = "quick",
+    out: Annotated[str | None, typer.Argument(help="Where everything goes; or out=FOLDER.")] = None,
+    settings: Settings = None,
+    config: Recipe = None,
+    show: ShowSettings = False,
+    profile: Annotated[
+        str | None, typer.Option(help="smoke, quick (about 7 CPU-minutes, the default) or full (about 25).")
+    ] = None,
 ) -> None:
     """Everything on real text: tokenizer, teacher, caches, students of every method, report.html."""
-    from sparsekd.demo import run_demo
-
-    run_demo(out, profile)
+    words = [out if "=" in out else f"out={out}"] if out else []
+    words += [*(settings or []), *([f"profile={profile}"] if profile else [])]
+    _run("demo", config, words, show)
 
 
 def _run(

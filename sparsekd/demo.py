@@ -82,14 +82,23 @@ PROFILES = {
 }
 
 
-def run_demo(out: str | Path = "demo", profile: str = "quick", say: Callable[[str], None] = print) -> Path:
-    """Run (or go on running) the demo in the folder `out`; returns the path of report.html."""
+def run_demo(
+    *, out: str | Path = "demo", profile: str = "quick", progress: Callable[[str], None] | None = None
+) -> Path:
+    """Run (or go on running) the demo in the folder `out`; returns the path of report.html.
+
+    Args:
+        out: where everything goes.
+        profile: smoke (seconds, and numbers that say nothing), quick (about 7 CPU-minutes) or full (about 25).
+        progress: takes lines; default: print.
+    """
     from sparsekd.report import aggregate, report, terminal_table
     from sparsekd.vocab import quiet_transformers
 
     if profile not in PROFILES:
         raise RecipeError(f"profile={profile!r} is not one of {', '.join(PROFILES)}")
     quiet_transformers()
+    say = progress or print
     folder, settings = Path(out), replace(PROFILES[profile], device="cpu")
     _claim(folder, profile, settings)
     clock = Clock(folder / "seconds.json", say)

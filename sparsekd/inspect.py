@@ -132,7 +132,12 @@ def _misaligned(made_for: dict[str, Any] | None) -> list[tuple[str, str]]:
 
 
 def _sampler(sampler: dict[str, Any]) -> str:
-    """Name, parameters that matter, seed: what a method's section would say."""
+    """Name, parameters that matter, seed: what a method's section would say; of a pool, each teacher's."""
+    if sampler["name"] == "pool":
+        return " + ".join(
+            f"{part['weight']:g} × {_sampler(part['sampler'])} of {part['teacher'].get('id')}"
+            for part in sampler["parts"]
+        )
     hidden = {"name", "rng", "unbiased", "seed", "order_sha256"}
     if sampler.get("temperature") == 1:
         hidden.add("normalize")  # at temperature 1 there is nothing to normalise

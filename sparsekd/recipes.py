@@ -38,6 +38,7 @@ STAGES = {
     "judge": ("sparsekd.judge", "judge"),
     "answer": ("sparsekd.answer", "answer"),
     "reproduce": ("sparsekd.reproduce", "reproduce"),
+    "demo": ("sparsekd.demo", "run_demo"),
 }
 # Arguments that code passes and files cannot.
 _NOT_SETTINGS = {"progress", "callbacks"}

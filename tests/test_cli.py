@@ -197,6 +197,7 @@ REFUSALS = [
     # the rest
     ("report {home}/none", "no results in"),
     ("demo o --profile huge", "profile='huge' is not one of smoke, quick, full"),
+    ("demo out=o profile=huge", "profile='huge' is not one of smoke, quick, full"),
     ("packk", "No such command 'packk'"),
     ("inspect", "Missing argument 'cache'; sparsekd inspect --help shows what there is"),
     ("inspect {cache} --rwo 3", "No such option: --rwo"),

@@ -24,10 +24,10 @@ def ran(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lab, "ProcessPoolExecutor", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            run_demo(folder, "smoke", said.append)
+            run_demo(out=folder, profile="smoke", progress=said.append)
     kept = stamps(folder, "rows", "teacher", "caches")
     said.clear()
-    run_demo(folder, "smoke", said.append)
+    run_demo(out=folder, profile="smoke", progress=said.append)
     return folder, said, kept
 
 
@@ -77,7 +77,7 @@ def test_a_complete_run_only_reports_again(ran):
     (folder / "report.html").unlink()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sparsekd.models.open_model", lambda *_, **__: pytest.fail("a model was opened"))
-        run_demo(folder, "smoke", lambda _: None)
+        run_demo(out=folder, profile="smoke", progress=lambda _: None)
     assert (folder / "report.html").exists()
     assert stamps(folder, "rows", "teacher", "caches", "students") == before
 
@@ -86,11 +86,11 @@ def test_a_folder_belongs_to_one_profile(ran):
     """Another profile, or another definition of the same one, is refused with the way out."""
     folder, _, _ = ran
     with pytest.raises(MismatchError, match=r"holds a demo of profile 'smoke'.*sparsekd demo FOLDER"):
-        run_demo(folder, "quick", lambda _: None)
+        run_demo(out=folder, profile="quick", progress=lambda _: None)
 
 
 def test_an_unknown_profile_is_refused(tmp_path):
     """The profiles are listed, and nothing is made."""
     with pytest.raises(RecipeError, match="profile='huge' is not one of smoke, quick, full"):
-        run_demo(tmp_path / "d", "huge", lambda _: None)
+        run_demo(out=tmp_path / "d", profile="huge", progress=lambda _: None)
     assert not (tmp_path / "d").exists()

@@ -30,6 +30,7 @@ REQUIRED = {
     "answer": {"model": "m", "prompts": "p.jsonl", "out": "o"},
     "judge": {"model": "m", "prompts": "p.jsonl", "out": "o", "judge_model": "j"},
     "reproduce": {},
+    "demo": {},
 }
 
 
