@@ -28,7 +28,6 @@ from .codec_split_ratio import decode_ratios, decode_ratios_row, encode_ratios, 
 from .codec_split_ratio import nearest as nearest_ratio
 from .codec_split_ratio import unbiased as unbiased_ratio
 from .codec_split_weights import (
-    Rounding,
     decode_weights,
     decode_weights_row,
     encode_weights,
@@ -111,31 +110,24 @@ def _counted(encode: Any, decode: Any, *, holds: str, width: int, id_bits: int, 
 _counts_codec = partial(_counted, encode_counts, decode_counts, holds=COUNTS)
 
 
-def _split_weights(rounding: Rounding) -> Codec:
-    return Codec(
-        encode=partial(encode_weights, rounding=rounding),
-        decode=decode_weights,
-        holds=WEIGHTS,
-        id_bits=20,
-        encode_row=partial(encode_weights_row, rounding=rounding),
-        decode_row=decode_weights_row,
-        ranked=True,
-    )
+def _rounded(encode: Callable[..., bytes], encode_row: Callable[..., bytes], rounding: Any, **limits: Any) -> Codec:
+    """A codec like `split` whose probabilities stand on a grid, brought there by `rounding`."""
+    whole, row = partial(encode, rounding=rounding), partial(encode_row, rounding=rounding)
+    return Codec(encode=whole, encode_row=row, id_bits=20, ranked=True, **limits)
 
 
-def _split_ratio(rounding: Any) -> Codec:
-    return Codec(
-        encode=partial(encode_ratios, rounding=rounding),
-        decode=decode_ratios,
-        holds=IMPORTANCE,
-        id_bits=20,
-        max_rounds=2**20,
-        encode_row=partial(encode_ratios_row, rounding=rounding),
-        decode_row=decode_ratios_row,
-        ranked=True,
-    )
-
-
+_split_weights = partial(
+    _rounded, encode_weights, encode_weights_row, decode=decode_weights, decode_row=decode_weights_row, holds=WEIGHTS
+)
+_split_ratio = partial(
+    _rounded,
+    encode_ratios,
+    encode_ratios_row,
+    decode=decode_ratios,
+    decode_row=decode_ratios_row,
+    holds=IMPORTANCE,
+    max_rounds=2**20,
+)
 _importance_codec = partial(_counted, encode_importance, decode_importance, holds=IMPORTANCE)
 
 CODECS: dict[str, Codec] = {

@@ -283,6 +283,9 @@ def decode_inputs(data: bytes, flat: FlatTargets, seq_len: int, supervised: Arra
     values, used = decode_ints(data, positions + seq_len, compiled.scratch("inputs"))
     if used != len(data):
         raise FormatError(f"the input ids take {used} bytes of {len(data)}; the file is damaged")
+    input_ids, fast = np.empty(seq_len, np.uint32), compiled.kernels()
+    if fast and fast.inputs(values, flat.ids, flat.sizes, supervised, input_ids):
+        return input_ids
     return place_inputs(values[:positions], values[positions:], flat, supervised)
 
 

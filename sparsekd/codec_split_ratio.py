@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from .codec_counts import _checked
 from .codec_ints import decode_ints, encode_ints
-from .codec_split import _sorted
 from .codec_split_fast import decode_counts, decode_counts_row, encode_counts, encode_counts_row
 from .codec_split_weights import _mix
 from .errors import FormatError
@@ -70,7 +69,8 @@ def _coins(flat: FlatTargets, log2_p: Array) -> tuple[Array, Array]:
 def encode_ratios(flat: FlatTargets, spec: Spec, *, rounding: Rounding) -> bytes:
     """A list of levels, then `split`'s targets, see docs/format.md; MismatchError for draws of another temperature."""
     flat = _in_order(flat, spec)
-    return _levels(flat, spec, rounding) + encode_counts(replace(flat, importance=None), spec)
+    counts = encode_counts(replace(flat, importance=None), spec)  # first: it refuses counts of another sum
+    return _levels(flat, spec, rounding) + counts
 
 
 def encode_ratios_row(
@@ -78,16 +78,17 @@ def encode_ratios_row(
 ) -> bytes:
     """A list of levels, then `split`'s row."""
     flat = _in_order(flat, spec)
-    counts = replace(flat, importance=None)
-    return _levels(flat, spec, rounding) + encode_counts_row(input_ids, counts, supervised, spec)
+    counts = encode_counts_row(input_ids, replace(flat, importance=None), supervised, spec)
+    return _levels(flat, spec, rounding) + counts
 
 
 def _in_order(flat: FlatTargets, spec: Spec) -> FlatTargets:
     """The same draws in the order of `split`: by falling count, then rising id."""
     given = _checked(flat, spec)
-    counts = _sorted(replace(flat, importance=None), spec)
     order = np.lexsort((flat.ids, -flat.values.astype(np.int64), flat.positions))
-    return replace(counts, importance=replace(given, log2_p=given.log2_p[order]))
+    importance = replace(given, log2_p=given.log2_p[order])
+    counts = flat.values[order].astype(np.uint32, copy=False)
+    return replace(flat, ids=flat.ids[order], values=counts, importance=importance)
 
 
 def _levels(flat: FlatTargets, spec: Spec, rounding: Rounding) -> bytes:

@@ -79,12 +79,13 @@ def open_exam(
         rows: packed with the teacher's tokenizer; tokenizer: the student's.
         count: rows.
     """
-    reader, model = RowsReader(rows, split), models.open_model(teacher, device=device)
-    pair = pair_of(reader.tokenizer(), vocab.load_tokenizer(tokenizer), models.logit_width(model))
-    answers, eos = Answers(pair=pair), pair.teacher.eos
-    numbers = np.unique(np.linspace(0, len(reader) - 1, count).astype(int)).tolist()
-    own_rows = [_ids(reader[number], eos) for number in numbers]
-    given = [(ids, reader[number].starts[: len(ids)]) for number, ids in zip(numbers, own_rows, strict=True)]
+    model = models.open_model(teacher, device=device)
+    with RowsReader(rows, split) as reader:
+        pair = pair_of(reader.tokenizer(), vocab.load_tokenizer(tokenizer), models.logit_width(model))
+        chosen = [reader[row] for row in np.unique(np.linspace(0, len(reader) - 1, count).astype(int)).tolist()]
+    answers = Answers(pair=pair)
+    own_rows = [_ids(row, pair.teacher.eos) for row in chosen]
+    given = [(ids, row.starts[: len(ids)]) for row, ids in zip(chosen, own_rows, strict=True)]
     found = retokenise(given, pair, answers.contexts)
     shared = [_shared(row, answers) for row in found]
     places = _numbered(shared)

@@ -44,7 +44,9 @@ def gradient_geometry(
     """
     device = models.check_device(device)
     learner, model = models.open_model(student, device=device), models.open_model(teacher, device=device)
-    parameters, order_V = list(learner.parameters()), head_order(read_head(model))
+    parameters = list(learner.parameters())
+    in_order = any(sampler in ORDERED for sampler, _ in methods.values())
+    order_V = head_order(read_head(model)) if in_order else None
     sums = {name: [torch.zeros_like(p) for p in parameters] for name in ("FullKD", *methods)}
     ids, positions = dict.fromkeys(methods, 0.0), 0
     reader = RowsReader(rows)

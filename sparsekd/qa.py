@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsekd.files import write_atomically
+from sparsekd.lab import LabSettings
 from sparsekd.reproduction import Cell, Column, Reproduction, Result, Settings, Table, over
 from sparsekd.tables import paired_finding, plot_arms
 
@@ -53,8 +54,9 @@ FACTS: dict[str, tuple[list[str], list[str], list[str]]] = {
 TEACHER = "Teacher"
 CURVES, DRAWS, BEFORE = "curves", "draws", "before"
 # How a student learns -> the cache it reads, and train's settings.
+TEXT = "text only"
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
-    "text only": (CURVES, {"method": "uld", "kd_weight": 0.0}),
+    TEXT: (CURVES, {"method": "uld", "kd_weight": 0.0}),
     "ULD by index": (CURVES, {"method": "uld", "align": "index"}),
     "ULD by bytes": (CURVES, {"method": "uld", "align": "bytes"}),
     "ULD by bytes, λ = 0.5": (CURVES, {"method": "uld", "align": "bytes", "kd_weight": 0.5}),
@@ -67,7 +69,6 @@ KINDS = {DECODER: list(WAYS), ENCODER_DECODER: [name for name in WAYS if WAYS[na
 MEASURES = {"F1": "f1", "Rouge-Lsum": "rouge_lsum", "exact": "exact_match"}
 COLUMNS = tuple(Column(name=name, unit="%", form=".1f") for name in MEASURES)
 _T5 = {"d_model": 64, "d_ff": 128, "num_layers": 2, "num_heads": 2, "d_kv": 32, "dropout_rate": 0.0}
-_BIG = {"hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 3, "intermediate_size": 256}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,8 +107,8 @@ def qa(folder: Path, settings: Settings) -> Result:
         findings=tuple(
             paired_finding(
                 f"{kind}, {way}",
-                f"{kind}, {next(iter(WAYS))}",
-                [a - b for a, b in zip(points[f"{kind}, {way}"], points[f"{kind}, {next(iter(WAYS))}"], strict=True)],
+                f"{kind}, {TEXT}",
+                [a - b for a, b in zip(points[f"{kind}, {way}"], points[f"{kind}, {TEXT}"], strict=True)],
                 "points of F1",
                 ("higher", "lower"),
                 ".1f",
@@ -143,6 +144,7 @@ def lessons(names: str) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
 
 def make_school(home: Path, sizes: Sizes, settings: Settings) -> dict[str, str]:
     """Files and folders by name; what is there already is kept."""
+    from sparsekd import vocab
     from sparsekd.answer import answer
     from sparsekd.train import train
 
@@ -157,26 +159,30 @@ def make_school(home: Path, sizes: Sizes, settings: Settings) -> dict[str, str]:
     _pack(home / "train.jsonl", home / "rows", tokenizer="train", vocab_size=400)
     if not (teacher / "metrics.json").exists():
         settings.say(f"  qa: the teacher, {sizes.teacher_steps} steps")
-    shape = {"family": "mini"} | _BIG
-    train(out=teacher, student=shape, rows=str(home / "rows"), method="ce", max_steps=sizes.teacher_steps, **_steps())
+    train(
+        out=teacher,
+        student=LabSettings().teacher,
+        rows=str(home / "rows"),
+        method="ce",
+        max_steps=sizes.teacher_steps,
+        **_steps(),
+    )
     if not (home / "taught" / "answers.json").exists():
         answer(model=str(teacher), prompts=home / "questions.jsonl", out=home / "taught", **_answering())
     for name, source in (("taught", home / "taught" / "answers.jsonl"), (BEFORE, home / "strangers.jsonl")):
         _pack(source, home / f"{name}-rows", tokenizer=str(teacher))
+    if not (home / "tokenizer" / "tokenizer.json").exists():
+        texts = [f"{each['instruction']}\n\n{each['response']}" for each in train_records]
+        vocab.train_tokenizer(texts, 500).save_pretrained(words)
     return {"teacher": str(teacher), "tokenizer": words} | _caches(home, str(teacher), words)
 
 
 def _caches(home: Path, teacher: str, words: str) -> dict[str, str]:
     """The teacher's answers with its sorted curves, and with its draws in the vocabulary of the students; and the other
     world's, of which only the text is read."""
-    from sparsekd import vocab
     from sparsekd.capture import capture
     from sparsekd.transcode import transcode
 
-    records = [json.loads(line) for line in (home / "train.jsonl").read_text().splitlines()]
-    if not (Path(words) / "tokenizer.json").exists():
-        texts = [f"{each['instruction']}\n\n{each['response']}" for each in records]
-        vocab.train_tokenizer(texts, 500).save_pretrained(words)
     made = {CURVES: ("taught", "sorted_curve"), DRAWS: ("taught", "systematic"), BEFORE: (BEFORE, "sorted_curve")}
     for name, (rows, sampler) in made.items():
         capture(rows=home / f"{rows}-rows", teacher=teacher, out=home / name, sampler=sampler)
@@ -223,7 +229,7 @@ def _pretrained(home: Path, school: Mapping[str, str], kind: str, seed: int, siz
 
     out = home / f"{_file(kind, BEFORE)}-s{seed}"
     shape = _new_t5(home / f"t5-s{seed}", school["tokenizer"], seed) if kind == ENCODER_DECODER else "tiny"
-    how = WAYS["text only"][1] | _steps() | {"tokenizer": school["tokenizer"], "max_steps": sizes.pretraining_steps}
+    how = WAYS[TEXT][1] | _steps() | {"tokenizer": school["tokenizer"], "max_steps": sizes.pretraining_steps}
     train(out=out, student=shape, cache=school[BEFORE], seed=seed, **how)
     return str(out)
 
@@ -272,7 +278,7 @@ def paint(name: str) -> str:
     """The palette's name for a student."""
     if name == TEACHER:
         return "full-kd"
-    return "ce" if name.endswith("text only") else "rs" if name.endswith("transcoded") else "topk"
+    return "ce" if name.endswith(TEXT) else "rs" if name.endswith("transcoded") else "topk"
 
 
 QA = Reproduction(

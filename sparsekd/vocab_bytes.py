@@ -285,15 +285,6 @@ def encode_texts(backend: Any, texts: Sequence[str], *, words: bool = False) -> 
     return found
 
 
-def byte_tokens(vocabulary: VocabBytes) -> list[int | None]:
-    """[256] the id of each single byte: what stands for bytes that are no text, such as half a character."""
-    found: dict[bytes, int] = {}
-    for token, piece in enumerate(vocabulary.of_id):
-        if piece is not None and len(piece) == 1:
-            found[piece] = token  # the last one: a "<0x41>" or "A", both are that byte
-    return [found.get(bytes([byte])) for byte in range(256)]
-
-
 def valid_runs(data: bytes) -> Iterator[tuple[bytes, bool]]:
     """The bytes in order, cut into runs that are UTF-8 (True) and runs that are not."""
     while data:

@@ -187,7 +187,7 @@ PROGRAMS_TOGETHER = {
         "teacher_tables",
         "transcode",
     },
-    "qa": {"answer", "capture", "reproduction", "tables", "train", "transcode"},
+    "qa": {"answer", "capture", "lab", "reproduction", "tables", "train", "transcode"},
     "reproduce": {
         "crosstok",
         "qa",
