@@ -5,7 +5,6 @@ Shapes: B rows, S student's and T teacher's tokens, V student's vocabulary, C ru
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsekd.alm import alm
-from sparsekd.models import inner_model
+from sparsekd.models import inner_model, replace_forward
 from sparsekd.overlay import Overlaid, OverlaidRow
 from sparsekd.prompted import PromptedRow
 from sparsekd.sketch import SortedCurve
@@ -118,8 +117,7 @@ def attach_cross_kd(
         )
         return type(output)(loss=CROSS_METHODS[method](both, weight, align))
 
-    inner.forward = types.MethodType(forward, inner)
-    inner.accepts_loss_kwargs = True
+    replace_forward(model, forward, targets=_TEACHER)
     return model
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+import types
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -236,6 +238,29 @@ def body_of(model: Any) -> Any:
     if body is None or body is inner:
         raise ModelError(f"{type(inner).__name__} has no separate body ({inner.base_model_prefix!r})")
     return body
+
+
+def replace_forward(model: Any, forward: Any, *, targets: Collection[str] = ()) -> None:
+    """Make `forward(self, ...)` the model's own; inputs named `targets` are for it alone.
+
+    Liger's kernels and TRL's trainers put another forward over it when training begins, one that hands keywords it
+    does not know on to the model's parts: plain cross-entropy would be trained on a cache's batches, without a word.
+    So no part of the model takes them.
+    """
+    inner = inner_model(model)
+    inner.forward = types.MethodType(forward, inner)
+    inner.accepts_loss_kwargs = True  # some families say that they do not; this forward does
+
+    def refuse(part: Any, args: Any, given: dict[str, Any]) -> None:
+        if lost := sorted(given.keys() & set(targets)):
+            raise ModelError(
+                f"{', '.join(lost)} came to {type(part).__name__}: the forward that takes these targets was replaced "
+                "after it was attached, and the loss would leave them out; train with a stock Trainer, and beside "
+                'use_liger_kernel give liger_kernel_config={"fused_linear_cross_entropy": False}'
+            )
+
+    for part in inner.children():
+        part.register_forward_pre_hook(refuse, with_kwargs=True)
 
 
 def head_of(model: Any) -> Head:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-import types
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -23,7 +22,7 @@ from sparsekd.divergences import check_divergence, check_sparse_divergence, full
 from sparsekd.errors import MismatchError, ModelError
 from sparsekd.fused import fused_linear_sparse_kl
 from sparsekd.losses import LossOptions, full_kl
-from sparsekd.models import body_of, check_rebuilt, head_of, inner_model
+from sparsekd.models import body_of, check_rebuilt, head_of, inner_model, replace_forward
 from sparsekd.order import permute
 from sparsekd.padded import PaddedRows, pad_rows
 from sparsekd.prefix_sets import PrefixSets, prefix_set_ce
@@ -115,7 +114,7 @@ def attach_sparse_kd(
         )
         return _output(loss)
 
-    _replace_forward(inner, forward)
+    replace_forward(model, forward, targets=("kd_ids", "kd_weights"))
     return model
 
 
@@ -166,7 +165,7 @@ def attach_full_kd(model: Any, teacher: Any, *, ce_weight: float = 0.0, divergen
         )
         return _output(loss)
 
-    _replace_forward(inner, forward)
+    replace_forward(model, forward)
     return model
 
 
@@ -372,11 +371,6 @@ def pace(*, evaluates: bool) -> Any:
                 )
 
     return Pace()
-
-
-def _replace_forward(inner: Any, forward: Any) -> None:
-    inner.forward = types.MethodType(forward, inner)
-    inner.accepts_loss_kwargs = True  # some families say that they do not; this forward does
 
 
 def _refuse_prompt_tuning(model: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import types
 
 import numpy as np
 import oracles
@@ -179,6 +180,29 @@ def test_peft():
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     with pytest.raises(ModelError, match="virtual tokens"):
         skd.attach_sparse_kd(peft.get_peft_model(tiny(), config))
+
+
+def other_forward(model):
+    """What Liger's kernels and TRL's trainers do to a model when training begins."""
+
+    def forward(self, input_ids, labels=None, **kwargs):
+        hidden = self.model(input_ids, **kwargs).last_hidden_state
+        return hidden @ self.lm_head.weight.T
+
+    model.forward = types.MethodType(forward, model)
+
+
+def test_a_forward_put_over_ours_is_refused():
+    """Targets that the forward in force would leave out are refused, under PEFT too; batches without any pass."""
+    import peft
+
+    model, inputs = skd.attach_sparse_kd(tiny()), batch()
+    lora = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    other_forward(model)
+    for outer in (model, lora):
+        with pytest.raises(ModelError, match=r"kd_ids, kd_weights came to LlamaModel: .*fused_linear_cross_entropy"):
+            outer(**inputs)
+    model(input_ids=inputs["input_ids"], labels=inputs["labels"])
 
 
 def test_gradient_checkpointing_and_autocast_change_nothing_much():
