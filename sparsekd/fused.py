@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from sparsekd.fused_chunks import FAST_ON_CPU, Gradients, Wanted, finish_, loss_and_gradients
 from sparsekd.fused_parallel import VocabularyShard, gathered
 from sparsekd.losses import LossWords, kept_positions, safe_labels
+from sparsekd.prefix_sets import PrefixSets
 from sparsekd.row_losses import HeadForm, LossOptions, prepare
 from sparsekd.targets import SparseTargets
 
@@ -31,6 +32,7 @@ def fused_linear_sparse_kl(
     chunk_rows: int | None = None,
     shard: VocabularyShard | None = None,
     accumulate_into: Tensor | None = None,
+    sets: PrefixSets | None = None,
     **options: Unpack[LossWords],
 ) -> Tensor:
     """`sparse_kl` of the head's logits, which never exist as a whole.
@@ -62,6 +64,8 @@ def fused_linear_sparse_kl(
         accumulate_into: [V, H] that the head's gradient is added to in the forward pass (`head.weight.grad`); autograd
             then gives the head none. Only for a loss that is itself what `backward` is called on: a factor on it is
             refused, as the sum is made already. Not seen by DDP.
+        sets: what ids beyond the vocabulary stand for (`prefix_sets`); the value is then that of `sparse_ce`, without
+            the constant Σ t log t, which a condition does not have. An accelerator is waited for.
 
     Raises:
         ValueError: shapes or options that do not fit together.
@@ -93,6 +97,8 @@ def fused_linear_sparse_kl(
         None if labels is None else keep.flatten(),
         _items(settings, keep).to(device, non_blocking=True),
         None if settings.token_weights is None else settings.token_weights.to(device).flatten(),
+        *((None, None, None) if sets is None else (x.to(device) for x in (sets.order, sets.first, sets.last))),
+        0 if sets is None else sets.vocab_size,
         [settings.ce_weight, settings.temperature, settings.z_loss, scale, 0.0 if softcap is None else softcap],
         settings.residual,
         chunk_rows or 0,
@@ -147,6 +153,10 @@ def _step(
     keep: Tensor | None,
     items: Tensor,
     token_weights: Tensor | None,
+    order: Tensor | None,
+    first: Tensor | None,
+    last: Tensor | None,
+    set_vocab: int,
     numbers: list[float],
     residual: str,
     chunk_rows: int,
@@ -158,7 +168,12 @@ def _step(
 ) -> tuple[Tensor, Gradients]:
     """The arguments of an operator, which are numbers and tensors, as `loss_and_gradients` takes them."""
     alpha, temperature, zeta, scale, softcap = numbers
-    options = LossOptions(ce_weight=alpha, temperature=temperature, z_loss=zeta, residual=residual)
+    sets = None
+    if order is not None and first is not None and last is not None:
+        sets = PrefixSets(vocab_size=set_vocab, order=order, first=first, last=last)
+    options = LossOptions(
+        ce_weight=alpha, temperature=temperature, z_loss=zeta, residual=residual, entropy=sets is None
+    )
     device, working = hidden_NH.device, torch.promote_types(compute, torch.float32)
     picks, factor_N = None, (1 / items.to(working)).expand(len(hidden_NH))
     if token_weights is not None:
@@ -173,7 +188,7 @@ def _step(
         ids, weights, factor_N = ids[picks], weights[picks], factor_N[picks]
         labels = None if labels is None else labels[picks]
     width = len(head_VH) if shard is None else shard.vocab_size
-    rows = prepare(SparseTargets(ids=ids, weights=weights), labels, options, width, working)
+    rows = prepare(SparseTargets(ids=ids, weights=weights), labels, options, width, working, sets)
     with _no_autocast(device.type):
         total, gradients = loss_and_gradients(
             hidden_NH,
@@ -205,6 +220,10 @@ def _fused_loss(
     keep: Tensor | None,
     items: Tensor,
     token_weights: Tensor | None,
+    order: Tensor | None,
+    first: Tensor | None,
+    last: Tensor | None,
+    set_vocab: int,
     numbers: list[float],
     residual: str,
     chunk_rows: int,
@@ -213,8 +232,8 @@ def _fused_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss and the gradients of hidden states, head and bias (empty where not wanted): one node of a graph."""
     loss, gradients = _step(
-        hidden_NH, head_VH, bias, ids, weights, labels, keep, items, token_weights, numbers, residual, chunk_rows,
-        compute, want,
+        hidden_NH, head_VH, bias, ids, weights, labels, keep, items, token_weights, order, first, last,
+        set_vocab, numbers, residual, chunk_rows, compute, want,
     )  # fmt: skip
     found = (gradients.hidden, gradients.head, gradients.bias)
     return loss, *(hidden_NH.new_empty(0) if x is None else x for x in found)  # type: ignore[return-value]

@@ -1,7 +1,8 @@
 """A head whose vocabulary is split over processes: each holds V / world rows, and no process sees the others' logits.
 
 Shapes: C rows of a chunk, J reads of a row. What travels is one all-gather a chunk of a few numbers a row
-(largest logit, sum of exponentials, Σ sparse z) and, once a step, the sum of dhidden.
+(largest logit, sum of exponentials, Σ sparse z), one of a number an entry that is a set, and, once a step, the sum of
+dhidden.
 
 `gathered` is the other way to hold parts, FSDP2's: the whole head is put together for the step, each process has its
 own positions.
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sparsekd.prefix_sets import SetsSeen
 from sparsekd.row_losses import Rows, Seen
 
 # What is known of a row after one pass over its logits, and travels.
@@ -71,6 +73,7 @@ class VocabularyShard:
             ids=(rows.ids - self.start).where(own, torch.zeros_like(rows.ids)),
             sparse=rows.sparse * own,
             kept=None if rows.kept is None else rows.kept & own,
+            sets=None if rows.sets is None else rows.sets.within(self.start, count),
         )
 
     def merge(self, seens: list[Seen], temperature: float) -> list[Seen]:
@@ -99,8 +102,23 @@ class VocabularyShard:
                 **part,
                 unit=seen.unit * own,
                 hard_unit=None if seen.hard_unit is None else seen.hard_unit * own_hard,
+                sets=sets,
             )
-            for seen, part, (own, own_hard) in zip(seens, split, units, strict=True)
+            for seen, part, (own, own_hard), sets in zip(seens, split, units, self._merge_sets(seens), strict=True)
+        ]
+
+    def _merge_sets(self, seens: list[Seen]) -> list[SetsSeen | None]:
+        """What was read of sets, over all processes: one more all-gather of a number an entry, where there are any."""
+        found = [seen.sets for seen in seens if seen.sets is not None]
+        if not found:
+            return [None] * len(seens)
+        own_M = torch.cat([each.lse for each in found])
+        parts = [torch.empty_like(own_M) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(parts, own_M, group=self.group)
+        whole = torch.stack(parts).logsumexp(0).split([len(each.lse) for each in found])
+        return [
+            replace(each, lse=lse, unit=each.unit * (each.lse - lse).exp())
+            for each, lse in zip(found, whole, strict=True)
         ]
 
     def add_up(self, grad_hidden: Tensor) -> None:

@@ -23,8 +23,13 @@ MOST_READS = 128  # repeated ids are found by comparing all pairs
 
 
 def fits(rows: Rows) -> bool:
-    """Whether the kernel computes these: not the ghost token (which sums what is outside a set), not float64."""
-    return rows.kept is None and rows.ids.shape[-1] <= MOST_READS and rows.mass.dtype == torch.float32
+    """Whether the kernel computes these: not the ghost token (which sums what is outside a set), sets or float64."""
+    return (
+        rows.kept is None
+        and rows.sets is None
+        and rows.ids.shape[-1] <= MOST_READS
+        and rows.mass.dtype == torch.float32
+    )
 
 
 def chunk_losses_(

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sparsekd.prefix_sets import PrefixSets
 from sparsekd.row_losses import LossOptions, Rows, losses_, prepare, row_chunks
 from sparsekd.targets import SparseTargets
 
@@ -63,13 +64,25 @@ def sparse_kl(
 
 
 def sparse_ce(
-    logits: Tensor, targets: SparseTargets | Any, *, labels: Tensor | None = None, **options: Unpack[LossWords]
+    logits: Tensor,
+    targets: SparseTargets | Any,
+    *,
+    labels: Tensor | None = None,
+    sets: PrefixSets | None = None,
+    **options: Unpack[LossWords],
 ) -> Tensor:
     """Cross-entropy to sparse targets, -Σ t log p (paper, A.2): `sparse_kl` without the constant Σ t log t.
 
     The same gradient; the value is an unbiased estimate of the cross-entropy to the full teacher.
+
+    With `sets`, ids from their V on stand for sets of tokens, and for sets as conditions (`prefix_sets`); logits may be
+    wider than V (a padded head), `residual` must be "none". Then it equals, with t = targets.densify(V + 2 S) and
+    member[s, v] = 1 where token v is in set s:
+
+        p = softmax(logits / T, -1)[:, :V]
+        -(t[:, :V] * p.log() + (t[:, V : V + S] - t[:, V + S :]) * (p @ member.T).log()).sum(-1)
     """
-    return _sparse_loss(logits, targets, labels, LossOptions(**options, entropy=False))
+    return _sparse_loss(logits, targets, labels, LossOptions(**options, entropy=False), sets)
 
 
 def full_kl(
@@ -104,7 +117,13 @@ def full_kl(
     return reduce(losses * keep, keep, reduction, num_items_in_batch)
 
 
-def _sparse_loss(logits: Tensor, targets: SparseTargets | Any, labels: Tensor | None, options: LossOptions) -> Tensor:
+def _sparse_loss(
+    logits: Tensor,
+    targets: SparseTargets | Any,
+    labels: Tensor | None,
+    options: LossOptions,
+    sets: PrefixSets | None = None,
+) -> Tensor:
     targets = SparseTargets.of(targets).to(logits.device)
     if targets.ids.shape[:-1] != logits.shape[:-1]:
         raise ValueError(
@@ -113,7 +132,9 @@ def _sparse_loss(logits: Tensor, targets: SparseTargets | Any, labels: Tensor | 
     keep = kept_positions(logits.shape[:-1], labels, options.ignore_index, logits.device)
     flat_labels = safe_labels(labels, keep).flatten() if options.needs_labels else None
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    rows = prepare(targets.flatten(), flat_labels, options, logits.shape[-1], dtype)
+    if sets is not None:
+        sets, logits = sets.to(logits.device), logits.contiguous()  # a token's place is one number
+    rows = prepare(targets.flatten(), flat_labels, options, logits.shape[-1], dtype, sets)
     losses: Tensor = _SparseLoss.apply(logits.flatten(0, -2), rows, options)
     weights = options.token_weights
     factors = keep if weights is None else keep * weights.to(losses.device)

@@ -2,32 +2,26 @@
 
 A set is written as an id: V + s stands for set s of a table of S sets, V + S + s for the same set as a condition. Ids
 below V are tokens as ever, so ordinary targets pay nothing, and a sampler, a codec and a cache carry all of them alike.
-With z the student's logits, q = softmax(z), t the weights of tokens, t_C those of sets C and m_C those of conditions:
+With z the student's logits, q = softmax(z / T), t the weights of tokens, t_C of sets C and m_C of conditions:
 
-    loss      =  - Σ t_v log q_v  -  Σ (t_C - m_C) log q(C),     q(C) = Σ_{v in C} q_v
-    dloss/dz  =  S q - t - Σ_C (t_C - m_C) q 1_C / q(C),         S = Σ t_v + Σ t_C - Σ m_C
+    loss        =  - Σ t_v log q_v  -  Σ (t_C - m_C) log q(C),     q(C) = Σ_{v in C} q_v
+    T dloss/dz  =  S q - t - Σ_C (t_C - m_C) q 1_C / q(C),         S = Σ t_v + Σ t_C - Σ m_C
 
-A token with weight m and its set as a condition with weight m are - m log q(v | C), which says nothing of q(C) itself.
-`redraw` says what they are for. Sets may lie inside one another.
+So a set is a target whose weight the student itself spreads over its tokens, and is subtracted from the softmax where
+tokens are. A token with weight m and its set as a condition with weight m are - m log q(v | C), which says nothing of
+q(C) itself. `redraw` says what they are for. Sets may lie inside one another.
 
-Shapes: N positions (any leading shape), V vocabulary, K kept ids, M entries that are sets, E their tokens.
+Shapes: C rows, V vocabulary, K kept ids, M entries that are sets, E their tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from sparsekd.losses import kept_positions, reduce, safe_labels
 from sparsekd.targets import SparseTargets
-
-# Tokens of sets that are gathered at once.
-_CHUNK = 2**20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,151 +41,116 @@ class PrefixSets:
         order, first, last = (each.to(device) for each in (self.order, self.first, self.last))
         return PrefixSets(vocab_size=self.vocab_size, order=order, first=first, last=last)
 
-    def tokens(self, sets: Tensor) -> tuple[Tensor, Tensor]:
-        """(which of the sets [E], token [E]): the tokens of some sets [M], one set after another."""
-        sizes = self.last[sets] - self.first[sets]
-        begins = self.first[sets] - (sizes.cumsum(0) - sizes)
-        which = torch.repeat_interleave(torch.arange(len(sets), device=sets.device), sizes)
-        return which, self.order[begins[which] + torch.arange(len(which), device=sets.device)]
+    def within(self, start: int, count: int) -> PrefixSets:
+        """What the sets have of the tokens [start, start + count), which become 0, 1, ...; sets may be empty then."""
+        own = (self.order >= start) & (self.order < start + count)
+        before = torch.nn.functional.pad(own.cumsum(0), (1, 0))
+        first, last = before[self.first], before[self.last]
+        return PrefixSets(vocab_size=count, order=self.order[own] - start, first=first, last=last)
+
+    def sizes(self, index: Tensor) -> Tensor:
+        """[M] how many tokens some sets have."""
+        return self.last.index_select(0, index) - self.first.index_select(0, index)
+
+    def tokens(self, index: Tensor, count: int | None = None) -> tuple[Tensor, Tensor]:
+        """(which of the sets [E], token [E]): the tokens of some sets [M], one set after another.
+
+        With `count` = E nothing waits for a device.
+        """
+        sizes = self.sizes(index)
+        begins = self.first.index_select(0, index) - (sizes.cumsum(0) - sizes)
+        which = torch.repeat_interleave(sizes, output_size=count)
+        places = begins.index_select(0, which) + torch.arange(len(which), device=which.device)
+        return which, self.order.index_select(0, places)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Parts:
-    """Flat targets taken apart: tokens [N, K] with weights (0 where the entry is a set), and M signed sets."""
+class SetEntries:
+    """The entries of C rows that are sets, one row after another.
 
-    tokens: Tensor
-    weights: Tensor
-    rows: Tensor
-    sets: Tensor
-    signed: Tensor
-
-    def mass(self) -> Tensor:
-        """[N] S."""
-        return self.weights.sum(-1).index_add(0, self.rows, self.signed)
-
-
-def prefix_set_ce(
-    logits: Tensor,
-    targets: SparseTargets | Any,
-    sets: PrefixSets,
-    *,
-    labels: Tensor | None = None,
-    ce_weight: float = 0.0,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    num_items_in_batch: Tensor | int | None = None,
-) -> Tensor:
-    """Cross-entropy to tokens and sets of tokens, in nats; the equation at the head of this file.
-
-    Equals, with member[s, v] = 1 where token v is in set s and t = targets.densify(V + 2 S):
-
-        q = logits.softmax(-1)
-        -(t[:, :V] * q.log() + (t[:, V : V + S] - t[:, V + S :]) * (q @ member.T).log()).sum(-1)
-
-    A set's mass is a log-sum-exp over its own tokens, none is a difference of sums. Without a set among the targets it
-    is `sparse_ce`.
-
-    Args:
-        logits: [..., V] or wider (a padded head); the loss is computed in float32 (float64 stays float64).
-        targets: ids below V + 2 S and weights [..., K].
-        labels, ce_weight, ignore_index, reduction, num_items_in_batch: as in `sparse_kl`.
+    Attributes:
+        sets: what they stand for.
+        row, index, signed: [M] whose they are, which set, and t_C or - m_C.
+        cuts: C + 1 times [entries, tokens of entries] before a row, up to a constant; on the host, so that a part of
+            the rows is found without waiting for a device.
     """
-    targets = SparseTargets.of(targets).to(logits.device)
-    width = logits.shape[-1]
-    if width < sets.vocab_size:
-        raise ValueError(f"the sets are of a vocabulary of {sets.vocab_size} tokens, the logits of {width}")
-    keep = kept_positions(logits.shape[:-1], labels, ignore_index, logits.device)
-    sets, dtype = sets.to(logits.device), torch.promote_types(logits.dtype, torch.float32)
-    parts = _take_apart(targets.flatten(), sets, dtype)
-    if ce_weight:
-        parts = _with_labels(parts, safe_labels(labels, keep).flatten(), ce_weight)
-    losses = _SetLoss.apply(logits.flatten(0, -2), parts, sets)
-    return reduce(losses.view(keep.shape) * keep, keep, reduction, num_items_in_batch)
+
+    sets: PrefixSets
+    row: Tensor
+    index: Tensor
+    signed: Tensor
+    cuts: list[list[int]]
+
+    def __len__(self) -> int:
+        return len(self.cuts) - 1
+
+    def __getitem__(self, part: slice) -> SetEntries:
+        start, stop, _ = part.indices(len(self))
+        cuts = self.cuts[start : stop + 1]
+        span = slice(cuts[0][0] - self.cuts[0][0], cuts[-1][0] - self.cuts[0][0])
+        row, index, signed = self.row[span] - start, self.index[span], self.signed[span]
+        return SetEntries(sets=self.sets, row=row, index=index, signed=signed, cuts=cuts)
+
+    def sums(self, values: Tensor) -> Tensor:
+        """[C] the sum of something [M] over each row's entries."""
+        return values.new_zeros(len(self)).index_add_(0, self.row, values)
+
+    def within(self, start: int, count: int) -> SetEntries:
+        """The same entries for a process that has the tokens [start, start + count)."""
+        return _entries(self.sets.within(start, count), self.row, self.index, self.signed, len(self))
 
 
-def _take_apart(flat: SparseTargets, sets: PrefixSets, dtype: torch.dtype) -> _Parts:
-    weights = flat.weights.to(dtype)
-    is_set = flat.ids >= sets.vocab_size
-    rows, entries = (is_set & (weights > 0)).nonzero(as_tuple=True)
-    places = flat.ids[rows, entries] - sets.vocab_size
-    return _Parts(
-        tokens=flat.ids.masked_fill(is_set, 0),
-        weights=weights.masked_fill(is_set, 0),
-        rows=rows,
-        sets=places % len(sets),
-        signed=torch.where(places >= len(sets), -weights[rows, entries], weights[rows, entries]),
-    )
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SetsSeen:
+    """What was read of the sets of some rows; of a part of the vocabulary, or (see `fused_parallel`) of all of it.
+
+    Attributes:
+        lse: [M] log Σ_{v in C} exp(z_v / T).
+        unit: [M] what `shares` of its set must be multiplied by to be q_v / q(C).
+        shares: [E] exp(z_v / T - largest of the set).
+        which, at: [E] the entry of each token, and its place in the flat [C, V].
+    """
+
+    lse: Tensor
+    unit: Tensor
+    shares: Tensor
+    which: Tensor
+    at: Tensor
 
 
-def _with_labels(parts: _Parts, labels: Tensor, ce_weight: float) -> _Parts:
-    """α on the true token, 1 - α on everything else."""
-    hard = parts.weights.new_full((len(labels), 1), ce_weight)
-    return _Parts(
-        tokens=torch.cat([parts.tokens, labels[:, None]], -1),
-        weights=torch.cat([parts.weights * (1 - ce_weight), hard], -1),
-        rows=parts.rows,
-        sets=parts.sets,
-        signed=parts.signed * (1 - ce_weight),
-    )
+def take_apart(targets: SparseTargets, sets: PrefixSets) -> tuple[SparseTargets, SetEntries]:
+    """Targets [C, K] as tokens (weight 0 where the entry is a set) and as sets. Waits for an accelerator."""
+    is_set = targets.ids >= sets.vocab_size
+    row, place = (is_set & (targets.weights > 0)).nonzero(as_tuple=True)
+    index, weights = targets.ids[row, place] - sets.vocab_size, targets.weights[row, place]
+    given = index >= len(sets)
+    tokens = SparseTargets(ids=targets.ids.masked_fill(is_set, 0), weights=targets.weights.masked_fill(is_set, 0))
+    index, signed = index - len(sets) * given, weights.where(~given, -weights)
+    return tokens, _entries(sets, row, index, signed, len(targets))
 
 
-class _SetLoss(torch.autograd.Function):
-    """Losses per row [N]; saves the logits it was given and makes the gradient in one [N, V] buffer."""
-
-    @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, parts: _Parts, sets: PrefixSets) -> Tensor:
-        z = logits_NV.to(parts.weights.dtype)
-        lse = z.logsumexp(-1)
-        # A padding entry must not meet a logit of -inf: 0 * inf is NaN.
-        picked = z.gather(-1, parts.tokens).masked_fill_(parts.weights == 0, 0)
-        set_lse = torch.cat([each for *_, each in _set_lses(z, parts, sets)]) if len(parts.sets) else parts.signed
-        ctx.save_for_backward(logits_NV, lse, set_lse)
-        ctx.parts, ctx.sets = parts, sets
-        losses = parts.mass() * lse - (parts.weights * picked).sum(-1)
-        return losses.index_add(0, parts.rows, -parts.signed * set_lse)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
-        logits_NV, lse, set_lse = ctx.saved_tensors
-        parts, sets = ctx.parts, ctx.sets
-        z = logits_NV.to(grad_N.dtype)
-        gradient = (z - lse[:, None]).exp_().mul_((grad_N * parts.mass())[:, None])
-        gradient.scatter_add_(-1, parts.tokens, -grad_N[:, None] * parts.weights)
-        flat = gradient.view(-1)
-        for part, which, at in _chunks(z, parts, sets):
-            shares = (z.view(-1)[at] - set_lse[part][which]).exp_()
-            flat.index_add_(0, at, -(grad_N[parts.rows[part]] * parts.signed[part])[which] * shares)
-        return gradient.to(logits_NV.dtype), None, None
+def _entries(sets: PrefixSets, row: Tensor, index: Tensor, signed: Tensor, count: int) -> SetEntries:
+    counts = torch.zeros(count + 1, 2, dtype=torch.long, device=row.device)
+    counts[1:].index_add_(0, row, torch.stack([torch.ones_like(row), sets.sizes(index)], -1))
+    return SetEntries(sets=sets, row=row, index=index, signed=signed, cuts=counts.cumsum(0).tolist())
 
 
-def _chunks(z_NV: Tensor, parts: _Parts, sets: PrefixSets) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Some entries that are sets at a time: (which, of each of their tokens the entry [E], its place in z [E])."""
-    sizes = (sets.last - sets.first)[parts.sets].cumsum(0)
-    start, count = 0, len(parts.sets)
-    while start < count:
-        before = int(sizes[start - 1]) if start else 0
-        stop = max(start + 1, int(torch.searchsorted(sizes, before + _CHUNK, right=True)))
-        part = slice(start, stop)
-        which, tokens = sets.tokens(parts.sets[part])
-        yield part, which, parts.rows[part][which] * z_NV.shape[-1] + tokens
-        start = stop
+def read_sets(logits_CV: Tensor, entries: SetEntries, temperature: float) -> SetsSeen:
+    """Log-sum-exps of the rows' sets, each over its own tokens: a difference of sums loses small masses."""
+    which, tokens = entries.sets.tokens(entries.index, entries.cuts[-1][1] - entries.cuts[0][1])
+    at = (entries.row * logits_CV.shape[-1]).index_select(0, which) + tokens
+    shares = logits_CV.view(-1).index_select(0, at)
+    if temperature != 1:
+        shares /= temperature
+    lowest = torch.full_like(entries.signed, torch.finfo(shares.dtype).min)  # where all of a set's logits are -inf
+    largest = lowest.scatter_reduce_(0, which, shares, "amax")
+    shares.sub_(largest.index_select(0, which)).exp_()
+    sums = torch.zeros_like(largest).scatter_add_(0, which, shares)
+    unit = sums.clamp(min=torch.finfo(sums.dtype).tiny).reciprocal()
+    return SetsSeen(lse=largest + sums.log(), unit=unit, shares=shares, which=which, at=at)
 
 
-def _set_lses(z_NV: Tensor, parts: _Parts, sets: PrefixSets) -> Iterator[tuple[slice, Tensor]]:
-    """(entries, log Σ exp z over the tokens of each entry's set), chunk by chunk."""
-    for part, which, at in _chunks(z_NV, parts, sets):
-        values = z_NV.view(-1)[at]
-        largest = values.new_full((part.stop - part.start,), -torch.inf).scatter_reduce_(0, which, values, "amax")
-        largest.clamp_(min=torch.finfo(values.dtype).min)  # a set of logits of -inf
-        sums = torch.zeros_like(largest).index_add_(0, which, (values - largest[which]).exp_())
-        yield part, largest + sums.log()
-
-
-def log_set_masses_one_by_one(log_q_NV: Tensor, rows: Tensor, tokens: Tensor, sets: PrefixSets) -> Tensor:
-    """[M] log q(C) in row `rows[m]` of set `tokens[m]`, set by set: the readable twin of what the loss does at once."""
-    parts = [
-        log_q_NV[row, sets.order[sets.first[index] : sets.last[index]]].logsumexp(-1)
-        for row, index in zip(rows.tolist(), tokens.tolist(), strict=True)
-    ]
-    return torch.stack(parts)
+def subtract_sets_(grad_CV: Tensor, entries: SetEntries, seen: SetsSeen, scale: Tensor) -> None:
+    """grad_CV -= scale [C] times Σ_C (t_C - m_C) q 1_C / q(C)."""
+    factors = scale.index_select(0, entries.row) * entries.signed * seen.unit
+    grad_CV.view(-1).scatter_add_(0, seen.at, factors.neg_().index_select(0, seen.which).mul_(seen.shares))

@@ -7,7 +7,8 @@ lse_T = log Σ exp(z / T), t the (treated) targets, S their sum, u a mass on eve
     dloss/dz = (κ/T) S softmax(z / T)  +  (α + 2 ζ lse_1) softmax(z)  -  sparse  -  (κ/T) u
 
 where `sparse` holds (κ/T) t at the kept ids and α at the true token y: at T = 1 everything is a softmax - sparse -
-uniform, so no variant costs a further pass over V; at T ≠ 1 an α or ζ costs a second exponential.
+uniform, so no variant costs a further pass over V; at T ≠ 1 an α or ζ costs a second exponential. Targets that are
+sets of tokens (`prefix_sets`) add their masses to S, and what they subtract lies at their tokens.
 
 `read_` and `write_` meet between the two passes, where a vocabulary that is split over processes is summed up.
 """
@@ -15,12 +16,13 @@ uniform, so no variant costs a further pass over V; at T ≠ 1 an α or ζ costs
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparsekd.prefix_sets import PrefixSets, SetEntries, SetsSeen, read_sets, subtract_sets_, take_apart
 from sparsekd.residuals import RESIDUALS, Treated
 from sparsekd.targets import SparseTargets
 
@@ -103,6 +105,7 @@ class Rows:
         uniform: [C] (κ/T) u, or None.
         missing: [C] the ghost token's mass, or None.
         kept: [C, J] bool, the distinct ids that the ghost token does not cover, or None.
+        sets: the entries that are sets, their weights times κ, or None.
     """
 
     ids: Tensor
@@ -112,13 +115,14 @@ class Rows:
     uniform: Tensor | None = None
     missing: Tensor | None = None
     kept: Tensor | None = None
+    sets: SetEntries | None = None
 
     def __getitem__(self, part: Any) -> Rows:
         """Some of the rows."""
         parts: dict[str, Any] = {name: None if x is None else x[part] for name, x in self.tensors().items()}
         return Rows(**parts)
 
-    def tensors(self) -> dict[str, Tensor | None]:
+    def tensors(self) -> dict[str, Tensor | SetEntries | None]:
         """The attributes by name."""
         return {name: getattr(self, name) for name in self.__slots__}
 
@@ -127,15 +131,25 @@ class Rows:
 
 
 def prepare(
-    targets: SparseTargets, labels: Tensor | None, options: LossOptions, vocab_size: int, dtype: torch.dtype
+    targets: SparseTargets,
+    labels: Tensor | None,
+    options: LossOptions,
+    vocab_size: int,
+    dtype: torch.dtype,
+    sets: PrefixSets | None = None,
 ) -> Rows:
     """`Rows` of targets [C, K] and labels [C]; work of order C K, no pass over V."""
-    targets = SparseTargets(ids=targets.ids.long(), weights=targets.weights.to(dtype))
+    targets, entries = SparseTargets(ids=targets.ids.long(), weights=targets.weights.to(dtype)), None
+    if sets is not None:
+        _check_sets(sets, options, vocab_size)
+        targets, entries = take_apart(targets, sets)
     treated = RESIDUALS[options.residual](targets, labels, vocab_size)
     kappa, weights = options.kd_scale, treated.weights
     mass, uniform, missing = weights.sum(-1), treated.uniform, None
     if uniform is not None:
         mass = mass + uniform * vocab_size
+    if entries is not None:
+        mass = mass + entries.sums(entries.signed)
     if treated.ghost:
         missing = treated.missing()
     ids, sparse = treated.ids, (kappa / options.temperature) * weights
@@ -152,7 +166,18 @@ def prepare(
         uniform=None if uniform is None else (kappa / options.temperature) * uniform,
         missing=None if missing is None else kappa * missing,
         kept=kept,
+        sets=None if entries is None else replace(entries, signed=kappa * entries.signed),
     )
+
+
+def _check_sets(sets: PrefixSets, options: LossOptions, vocab_size: int) -> None:
+    if vocab_size < sets.vocab_size:
+        raise ValueError(f"the sets are of a vocabulary of {sets.vocab_size} tokens, the logits of {vocab_size}")
+    if options.residual != "none":
+        raise ValueError(
+            f"residual={options.residual!r} is about mass that targets left out; targets with sets of tokens sum to 1 "
+            "(`transcode` gave it back), so take residual='none'"
+        )
 
 
 def _entropy(treated: Treated, missing: Tensor | None, vocab_size: int) -> Tensor:
@@ -181,6 +206,7 @@ class Seen:
         hard_unit: what `hard_CV` must be multiplied by to be exp(z - largest), or None.
         picked: [C, J] z at the kept ids, for the ghost token; or None.
         hard_CV: softmax(z) of the own ids, up to a factor a row; or None.
+        sets: what was read of the targets that are sets, or None.
     """
 
     largest: Tensor
@@ -192,6 +218,7 @@ class Seen:
     rest: Tensor | None = None
     picked: Tensor | None = None
     hard_CV: Tensor | None = None
+    sets: SetsSeen | None = None
 
 
 def read_(logits_CV: Tensor, rows: Rows, options: LossOptions) -> Seen:
@@ -204,6 +231,7 @@ def read_(logits_CV: Tensor, rows: Rows, options: LossOptions) -> Seen:
     dot = (rows.sparse * picked).sum(-1)
     if rows.uniform is not None:
         dot += rows.uniform * logits_CV.sum(-1)
+    sets = None if rows.sets is None else read_sets(logits_CV, rows.sets, options.temperature)
     largest = logits_CV.amax(-1)
     squared = options.two_softmaxes and options.temperature == 2  # then exp(z) is the square of exp(z / T)
     hard_CV = logits_CV.softmax(-1) if options.two_softmaxes and not squared else None
@@ -231,6 +259,7 @@ def read_(logits_CV: Tensor, rows: Rows, options: LossOptions) -> Seen:
         rest=rest,
         picked=None if rows.kept is None else picked,
         hard_CV=hard_CV,
+        sets=sets,
     )
 
 
@@ -246,6 +275,8 @@ def write_(logits_CV: Tensor, rows: Rows, seen: Seen, options: LossOptions, scal
         losses -= rows.missing * (rest.log() - seen.total.log())
         inside = rows.mass + rows.missing
         outside = inside - rows.missing * seen.total / rest
+    if rows.sets is not None and seen.sets is not None:
+        losses -= rows.sets.sums(rows.sets.signed * seen.sets.lse)
     hard = None
     if alpha or zeta:
         losses += (alpha + zeta * hard_lse) * hard_lse
@@ -264,6 +295,8 @@ def write_(logits_CV: Tensor, rows: Rows, seen: Seen, options: LossOptions, scal
     if rows.kept is not None and seen.picked is not None:  # taken out by `read_`: they get p - t here
         sparse = sparse - inside[:, None] * (seen.picked / temperature - soft_lse[:, None]).exp() * rows.kept
     logits_CV.scatter_add_(-1, rows.ids, -scale[:, None] * sparse)
+    if rows.sets is not None and seen.sets is not None:
+        subtract_sets_(logits_CV, rows.sets, seen.sets, scale / temperature)
     return losses
 
 

@@ -25,7 +25,7 @@ from sparsekd.losses import LossOptions, full_kl
 from sparsekd.models import body_of, check_rebuilt, head_of, inner_model, replace_forward
 from sparsekd.order import permute
 from sparsekd.padded import PaddedRows, pad_rows
-from sparsekd.prefix_sets import PrefixSets, prefix_set_ce
+from sparsekd.prefix_sets import PrefixSets
 from sparsekd.read_ahead import ReadAhead
 from sparsekd.residuals import hard_token_weights
 from sparsekd.targets import SparseTargets
@@ -54,8 +54,7 @@ def attach_sparse_kd(
             (`residuals.hard_token_weights`; paper, section 5.3).
         divergence: "forward_kl", or "mse", which makes the logits ([tokens, V] exists).
         chunk_rows: of `fused_linear_sparse_kl`.
-        sets: what ids beyond the vocabulary stand for in a transcoded cache; the loss is `prefix_set_ce`, which makes
-            the logits.
+        sets: what ids beyond the vocabulary stand for in a transcoded cache (`prefix_sets`).
 
     Raises:
         ValueError: a divergence that sparse targets cannot give, an unknown residual.
@@ -83,15 +82,13 @@ def attach_sparse_kd(
             if num_items_in_batch is not None:
                 kwargs["num_items_in_batch"] = num_items_in_batch
             return own_forward(input_ids=input_ids, labels=labels, **kwargs)
+        nonlocal sets
         assert kd_weights is not None
         hidden = body_of(self)(input_ids=input_ids, **({"use_cache": False} | kwargs)).last_hidden_state
+        sets = None if sets is None else sets.to(hidden.device)  # and there they stay
         _check_positions(kd_ids, hidden)
         head, targets = head_of(self), SparseTargets(ids=kd_ids, weights=kd_weights)
         next_ids = None if labels is None else labels[:, 1:]
-        if sets is not None:
-            logits, there = head.logits(hidden[:, :-1]), sets.to(hidden.device)
-            mix = partial(prefix_set_ce, ce_weight=ce_weight, num_items_in_batch=num_items_in_batch)
-            return _output(mix(logits, targets, there, labels=next_ids))
         if divergence != "forward_kl":
             logits = head.logits(hidden[:, :-1])
             return _output(
@@ -111,6 +108,7 @@ def attach_sparse_kd(
             token_weights=_hard_weights(targets, next_ids, hard_ratio),
             num_items_in_batch=num_items_in_batch,
             chunk_rows=chunk_rows,
+            sets=sets,
         )
         return _output(loss)
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsekd.prefix_sets import PrefixSets
 from sparsekd.targets import SparseTargets
 
 
@@ -19,17 +20,27 @@ def dense_loss(
     ignore_index: int = -100,
     entropy: bool = True,
     z_loss: float = 0.0,
+    sets: PrefixSets | None = None,
 ) -> Tensor:
-    """Losses [N] by the dense formula, for autograd to differentiate."""
-    t = targets.densify(logits.shape[-1]).to(logits.dtype)
-    kd = -(t * (logits / temperature).log_softmax(-1)).sum(-1)
-    if entropy:
+    """Losses [N] by the dense formula, for autograd to differentiate; with `sets`, of a cross-entropy."""
+    width, count = (logits.shape[-1], 0) if sets is None else (sets.vocab_size, len(sets))
+    t, log_p = targets.densify(width + 2 * count).to(logits.dtype), (logits / temperature).log_softmax(-1)
+    kd = -(t[:, :width] * log_p[:, :width]).sum(-1)
+    if sets is not None:
+        kd = kd - ((t[:, width : width + count] - t[:, width + count :]) * log_set_masses(log_p, sets)).sum(-1)
+    elif entropy:
         kd = kd + torch.xlogy(t, t).sum(-1)
     loss = (1 - ce_weight) * temperature**2 * kd + z_loss * logits.logsumexp(-1) ** 2
     if ce_weight:
         assert labels is not None
         loss = loss + ce_weight * F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none")
     return loss if labels is None else loss * (labels != ignore_index)
+
+
+def log_set_masses(log_p_NV: Tensor, sets: PrefixSets) -> Tensor:
+    """[N, S] log p(C), set by set."""
+    bounds = zip(sets.first.tolist(), sets.last.tolist(), strict=True)
+    return torch.stack([log_p_NV[:, sets.order[first:last]].logsumexp(-1) for first, last in bounds], -1)
 
 
 def head_logits(

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sparsekd as skd
 from sparsekd import fused
+from sparsekd.prefix_sets import PrefixSets
 from sparsekd.targets import SparseTargets
 
 N, H, V, K = 37, 19, 83, 6
@@ -99,6 +100,92 @@ def test_low_precision_errs_no_more_than_materialised_logits(form, dtype):
         assert (ours.double() - true).abs().max() <= (theirs.double() - true).abs().max() + slack
 
 
+# --- targets that are sets --------------------------------------------------------------------------------
+
+TOKENS, SETS = V - 3, 40  # the head is wider than the vocabulary
+
+
+def example_sets():
+    """Sets of 1 to 30 tokens that lie inside one another, and targets of tokens, sets and conditions."""
+    generator = torch.Generator().manual_seed(1)
+    first = torch.randint(TOKENS - 30, (SETS,), generator=generator)
+    sizes = torch.randint(1, 31, (SETS,), generator=generator)
+    order = torch.randperm(TOKENS, generator=generator)
+    sets = PrefixSets(vocab_size=TOKENS, order=order, first=first, last=first + sizes)
+    ids = torch.stack([torch.randperm(TOKENS + 2 * SETS, generator=generator)[: 2 * K] for _ in range(N)])
+    weights = torch.rand(N, 2 * K, generator=generator, dtype=torch.float64) / K
+    weights[::4, 3:] = 0
+    weights[10:14] *= ids[10:14] < TOKENS  # rows without a set
+    return sets, SparseTargets(ids=ids, weights=weights)
+
+
+def set_gradients(leaves, labels, dtype=None, **options):
+    sets, targets = example_sets()
+    loss = skd.fused_linear_sparse_kl(*leaves[:2], targets, bias=leaves[2], labels=labels, sets=sets, **options)
+    return gradients(loss, leaves)
+
+
+def dense_set_gradients(leaves, labels, *, token_weights=None, softcap=None, scale=1.0, **options):
+    sets, targets = example_sets()
+    logits = oracles.head_logits(*leaves, scale=scale, softcap=softcap)
+    losses = oracles.dense_loss(logits, targets, labels, sets=sets, **options)
+    kept = (labels != -100).sum()
+    return gradients((losses * (1 if token_weights is None else token_weights)).sum() / kept, leaves)
+
+
+@pytest.mark.parametrize("chunk_rows", [8, 64])
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("form", [{}, {"scale": 1.7, "softcap": 8.0}])
+def test_sets_are_the_dense_formula(form, option, chunk_rows):
+    """float64 autograd on log-sum-exps made set by set, to 1e-10; ignored rows and a padded head included."""
+    *leaves, _, labels = example()
+    ours = set_gradients(leaves, labels, chunk_rows=chunk_rows, **form, **OPTIONS[option])
+    for one, two in zip(ours, dense_set_gradients(leaves, labels, **form, **OPTIONS[option]), strict=True):
+        torch.testing.assert_close(one, two, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sets_in_low_precision_err_no_more_than_materialised_logits(dtype):
+    *leaves, _, labels = example(dtype)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    sets, targets = example_sets()
+    plain = gradients(skd.sparse_ce(oracles.head_logits(*leaves), targets, labels=labels, sets=sets), leaves)
+    truth = dense_set_gradients(exact, labels)
+    for ours, theirs, true in zip(set_gradients(leaves, labels, chunk_rows=8), plain, truth, strict=True):
+        slack = 4 * torch.finfo(dtype).eps * true.abs().max()
+        assert (ours.double() - true).abs().max() <= (theirs.double() - true).abs().max() + slack
+
+
+def test_sets_of_impossible_tokens():
+    """Logits of -inf (a masked vocabulary) inside sets: the others' share grows, and no gradient is NaN."""
+    sets, targets = example_sets()
+    logits = torch.randn(N, V, dtype=torch.float64).index_fill(1, sets.order[::3], -torch.inf).requires_grad_()
+    targets = SparseTargets(ids=targets.ids, weights=targets.weights * (targets.ids >= TOKENS))
+    whole = [
+        (logits.detach()[:, sets.order[a:b]] > -torch.inf).any() for a, b in zip(sets.first, sets.last, strict=True)
+    ]
+    targets.weights[~torch.stack(whole)[(targets.ids - TOKENS) % SETS]] = 0
+    loss = skd.sparse_ce(logits, targets, sets=sets)
+    low = logits.detach().clamp(min=-600).requires_grad_()
+    want = gradients(oracles.dense_loss(low, targets, sets=sets).mean(), [low])
+    for ours, theirs in zip(gradients(loss, [logits]), want, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=0)
+
+
+def test_sets_that_do_not_fit_are_refused():
+    """What has no meaning with sets, and ids beyond them: none is taken for another."""
+    hidden, head, *_ = example()
+    sets, targets = example_sets()
+    for residual in ("renormalize", "smooth", "ghost"):
+        with pytest.raises(ValueError, match=f"residual='{residual}' is about mass that targets left out"):
+            skd.fused_linear_sparse_kl(hidden, head, targets, sets=sets, residual=residual)
+    with pytest.raises(ValueError, match="vocabulary of 80 tokens, the logits of 70"):
+        skd.fused_linear_sparse_kl(hidden, head[:70], targets, sets=sets)
+    beyond = SparseTargets(ids=targets.ids.clone().fill_(TOKENS + 2 * SETS), weights=targets.weights)
+    with pytest.raises((IndexError, RuntimeError), match="out of range"):
+        skd.fused_linear_sparse_kl(hidden, head, beyond, sets=sets)
+
+
 def test_scaled_backward_and_reductions():
     """A factor on the loss reaches the gradients; sum and num_items_in_batch scale as in sparse_kl."""
     hidden, head, _, targets, labels = example()
@@ -167,15 +254,15 @@ class Passes(TorchDispatchMode):
         return out
 
 
-def passes(**options):
+def passes(targets=None, **options):
     """What one step of 32 rows of V = 512, in one chunk, does with [C, V]."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(32, 8, generator=generator).requires_grad_()
     head = torch.randn(512, 8, generator=generator).requires_grad_()
-    targets = SparseTargets(ids=torch.arange(4).expand(32, 4), weights=torch.rand(32, 4, generator=generator))
+    tokens = SparseTargets(ids=torch.arange(4).expand(32, 4), weights=torch.rand(32, 4, generator=generator))
     into = torch.zeros_like(head)  # with it, the operators are not behind a custom one
     with Passes(32 * 512) as counted:
-        skd.fused_linear_sparse_kl(hidden, head, targets, accumulate_into=into, **options)
+        skd.fused_linear_sparse_kl(hidden, head, targets or tokens, accumulate_into=into, **options)
     return counted
 
 
@@ -194,6 +281,14 @@ def test_no_option_costs_a_pass_over_the_vocabulary():
     assert hot == Counter({"pow": 1, "div_": 1, "sum": 1, "addcmul_": 1})  # exp(z) is the square of exp(z / 2)
     hot = passes(labels=labels, temperature=3.0, **mixed).large - plain
     assert hot == Counter({"_softmax": 1, "div_": 1, "amax": 1, "addcmul_": 1})
+
+
+def test_sets_cost_work_on_their_own_tokens():
+    """One read from the tile and one addition to it, each of as many numbers as the sets have tokens."""
+    order = torch.arange(512)
+    sets = PrefixSets(vocab_size=512, order=order, first=order[:2], last=order[:2] + 3)
+    targets = SparseTargets(ids=512 + torch.arange(4).expand(32, 4), weights=torch.ones(32, 4))
+    assert passes(targets, sets=sets).large - passes().large == Counter({"index_select": 1, "scatter_add_": 1})
 
 
 def test_ignored_positions_are_left_out_of_the_products():
@@ -255,16 +350,27 @@ def test_accumulation_in_16_bits():
     torch.testing.assert_close(into, 2 * once.float(), rtol=2**-7, atol=1e-4)
 
 
-def compiled_step(hidden, head, ids, weights, labels):
+def compiled_step(hidden, head, ids, weights, labels, tables=None):
+    sets = None
+    if tables is not None:
+        order, first, last = tables
+        sets = PrefixSets(vocab_size=TOKENS, order=order, first=first, last=last)
     targets = SparseTargets(ids=ids, weights=weights)
-    loss = skd.fused_linear_sparse_kl(hidden.tanh(), head, targets, labels=labels, ce_weight=0.1, softcap=8.0)
+    loss = skd.fused_linear_sparse_kl(
+        hidden.tanh(), head, targets, labels=labels, ce_weight=0.1, softcap=8.0, sets=sets
+    )
     return 2 * loss
 
 
-def test_one_node_of_a_compiled_graph():
+@pytest.mark.parametrize("with_sets", [False, True])
+def test_one_node_of_a_compiled_graph(with_sets):
     """torch.compile(fullgraph=True) traces value and gradients through one operator; the same numbers come out."""
     hidden, head, _, targets, labels = example(torch.float32)
-    arguments = (hidden, head, targets.ids, targets.weights, labels)
+    tables = None
+    if with_sets:
+        sets, targets = example_sets()
+        tables = sets.order, sets.first, sets.last
+    arguments = (hidden, head, targets.ids, targets.weights, labels, tables)
     graphs = []
 
     def backend(graph, _):
@@ -283,9 +389,15 @@ def test_one_node_of_a_compiled_graph():
 def test_the_operator_keeps_torchs_laws():
     """Schema, fake tensors and autograd registration, as torch checks them."""
     hidden, head, _, targets, labels = example(torch.float32)
-    arguments = (hidden, head, None, targets.ids, targets.weights, labels.clamp(min=0), labels != -100)
-    rest = (torch.tensor(5), None, [0.1, 2.0, 0.01, 1.0, 0.0], "none", 8, torch.float32, [True, True, False])
-    torch.library.opcheck(torch.ops.sparsekd.fused_linear_sparse_kl, (*arguments, *rest))
+    sets, of_sets = example_sets()
+    options = ([0.1, 2.0, 0.01, 1.0, 0.0], "none", 8, torch.float32, [True, True, False])
+    for given, tables in (
+        (targets, (None, None, None, 0)),
+        (of_sets, (sets.order, sets.first, sets.last, TOKENS)),
+    ):
+        arguments = (hidden, head, None, given.ids, given.weights, labels.clamp(min=0), labels != -100)
+        rest = (torch.tensor(5), None, *tables, *options)
+        torch.library.opcheck(torch.ops.sparsekd.fused_linear_sparse_kl, (*arguments, *rest))
 
 
 def test_under_gradient_checkpointing():
@@ -352,7 +464,8 @@ def test_nothing_waits_for_a_device(residual):
     numbers = [0.1, 2.0, 0.01, 1.0, 30.0]
     loss, found = fused._step(
         hidden, head, None, ids, torch.empty(40, 5, device="meta"), labels, labels != -100,
-        torch.ones((), device="meta"), None, numbers, residual, 16, torch.bfloat16, [True, True, False],
+        torch.ones((), device="meta"), None, None, None, None, 0, numbers, residual, 16, torch.bfloat16,
+        [True, True, False],
     )  # fmt: skip
     assert (loss.shape, found.hidden.shape, found.head.dtype) == ((), (40, 8), torch.bfloat16)
 
@@ -361,12 +474,16 @@ _MEMORY = """
 import ctypes, sys, torch
 from pathlib import Path
 import sparsekd as skd
+from sparsekd.prefix_sets import PrefixSets
 from sparsekd.targets import SparseTargets
 torch.set_num_threads(1)
 n, h, v, rows = 2048, 64, 32768, int(sys.argv[1])
+first = torch.randint(v - 8, (v,))
+sets = PrefixSets(vocab_size=v, order=torch.randperm(v), first=first, last=first + torch.randint(2, 8, (v,)))
 options = eval(sys.argv[2])
 hidden, head = torch.randn(n, h, requires_grad=True), torch.randn(v, h, requires_grad=True)
-targets = SparseTargets(ids=torch.randint(v, (n, 12)), weights=torch.full((n, 12), 1 / 12))
+ids = torch.randint(3 * v if "sets" in options else v, (n, 12))
+targets = SparseTargets(ids=ids, weights=torch.full((n, 12), 1 / 12))
 def resident(name):  # not ru_maxrss, which starts at the parent's peak and hides everything
     return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(name))
 labels = torch.ones(n).long()
@@ -381,9 +498,11 @@ print(resident("VmHWM") - before - 4 * (hidden.numel() + head.numel()))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="VmHWM is Linux's")
-@pytest.mark.parametrize("options", [{}, {"ce_weight": 0.1, "temperature": 2.0, "z_loss": 1e-4, "softcap": 30.0}])
+@pytest.mark.parametrize(
+    "options", ["{}", "dict(ce_weight=0.1, temperature=2.0, z_loss=1e-4, softcap=30.0)", "dict(sets=sets)"]
+)
 def test_peak_memory_is_chunk_by_vocabulary(options):
     """Beyond dW and dh, forward and backward take one [512, V] buffer of 64 MiB; a second dW would be 8 MiB more."""
-    words = [sys.executable, "-c", _MEMORY, "512", repr(options)]
+    words = [sys.executable, "-c", _MEMORY, "512", options]
     out = subprocess.run(words, capture_output=True, text=True, check=True).stdout
     assert 0.98 < int(out) / (512 * 32768 * 4) < 1.10

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from test_fused import H, N, V, example
+from test_fused import H, N, V, example, example_sets
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -35,9 +35,11 @@ def own(rank, tensor):
     return (tensor[:CUT] if rank == 0 else tensor[CUT:]).detach().clone().requires_grad_()
 
 
-def check_parallel(rank, residual, options):
+def check_parallel(rank, residual, options, sets=None):
     hidden, head, bias, targets, labels = example()
     settings = {"labels": labels, "residual": residual, "chunk_rows": 8, **options}
+    if sets is not None:
+        settings["sets"], targets = sets
     whole = skd.fused_linear_sparse_kl(hidden, head, targets, bias=bias, **settings)
     want = [whole.detach(), *torch.autograd.grad(3 * whole, [hidden, head, bias])]
     head_own, bias_own = own(rank, head), own(rank, bias)
@@ -128,12 +130,17 @@ def process(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     for residual, options in itertools.product(RESIDUALS, OPTIONS):
         check_parallel(rank, residual, options)
+    sets, targets = example_sets()
+    apart = (sets.order[sets.first] < CUT) != (sets.order[sets.last - 1] < CUT)
+    assert apart.any()  # sets with tokens in both processes
+    for options in OPTIONS:
+        check_parallel(rank, "none", options, (sets, targets))
     check_ddp(rank)
     dist.destroy_process_group()
 
 
 def test_two_processes_are_one(tmp_path):
-    """Every residual and option: loss, dh, dW and db agree to 1e-10 in both processes, head rows [0, 31), [31, V)."""
+    """Every residual and option, and sets: loss, dh, dW, db agree to 1e-10 in both, head rows [0, 31), [31, V)."""
     mp.spawn(process, args=(str(tmp_path),), nprocs=2)
 
 

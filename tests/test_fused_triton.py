@@ -11,6 +11,7 @@ from test_fused import FORMS
 from test_fused import OPTIONS as MIXES
 
 from sparsekd import fused_chunks
+from sparsekd.prefix_sets import PrefixSets
 from sparsekd.residuals import RESIDUALS
 from sparsekd.row_losses import HeadForm, LossOptions, prepare
 from sparsekd.targets import SparseTargets
@@ -87,11 +88,17 @@ def test_a_value_alone_leaves_the_logits(kernel):
 
 
 def test_what_it_does_not_compute_goes_to_torch(kernel):
-    """The ghost token, float64 and more reads than pairs can be compared are not for the kernel."""
+    """The ghost token, sets, float64 and more reads than pairs can be compared are not for the kernel."""
     _, ghost, _, _ = example(LossOptions(residual="ghost"), torch.float32)
     _, double, _, _ = example(LossOptions())
     wide = SparseTargets(ids=torch.zeros(C, 129, dtype=torch.long), weights=torch.ones(C, 129))
-    assert not any(map(kernel.fits, (ghost, double, prepare(wide, None, LossOptions(), V, torch.float32))))
+    one = torch.ones(1, dtype=torch.long)
+    sets = PrefixSets(vocab_size=V, order=torch.arange(V), first=0 * one, last=one)
+    others = [
+        prepare(wide[:, :given], None, LossOptions(), V, torch.float32, there)
+        for given, there in ((129, None), (9, sets))
+    ]
+    assert not any(map(kernel.fits, (ghost, double, *others)))
 
 
 def test_repeated_ids_add_up(kernel):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import oracles
 import pytest
 import torch
 
-from sparsekd import prefix_sets
 from sparsekd.losses import sparse_ce
-from sparsekd.prefix_sets import PrefixSets, log_set_masses_one_by_one, prefix_set_ce
+from sparsekd.prefix_sets import PrefixSets
 from sparsekd.targets import SparseTargets
 from sparsekd.vocab_bytes import prefix_ranges
 
@@ -53,7 +53,7 @@ def test_loss_and_gradient_are_the_dense_formulas():
     targets, member = random_targets(rng, size), members(VOCABULARY)
     assert (targets.ids >= 2 * size).any()
     logits = torch.from_numpy(rng.normal(0, 3, (6, size))).requires_grad_()
-    found = prefix_set_ce(logits, targets, sets_of(VOCABULARY), reduction="none")
+    found = sparse_ce(logits, targets, sets=sets_of(VOCABULARY), reduction="none")
     t, q = targets.densify(3 * size), logits.softmax(-1)
     of_sets = t[:, size : 2 * size] - t[:, 2 * size :]
     dense = -(t[:, :size] * q.log() + of_sets * (q @ member.T).log()).sum(-1)
@@ -70,7 +70,7 @@ def test_a_token_given_its_set_says_nothing_of_the_set():
     size, member = len(VOCABULARY), members(VOCABULARY)
     logits = torch.randn(1, size, dtype=torch.float64, requires_grad=True)
     targets = SparseTargets(ids=torch.tensor([[1, 2 * size]]), weights=torch.ones(1, 2, dtype=torch.float64))
-    loss = prefix_set_ce(logits, targets, sets_of(VOCABULARY))
+    loss = sparse_ce(logits, targets, sets=sets_of(VOCABULARY))
     q = logits.detach().softmax(-1)[0]
     inside = q * member[0] / (q * member[0]).sum()
     assert loss.item() == pytest.approx(-inside[1].log().item())
@@ -83,24 +83,21 @@ def test_small_masses_keep_their_digits():
     logits = torch.zeros(1, len(VOCABULARY))
     logits[0, 8:] = -70
     targets = SparseTargets(ids=torch.tensor([[len(VOCABULARY) + 8]]), weights=torch.ones(1, 1))
-    found = prefix_set_ce(logits, targets, sets_of(VOCABULARY))
+    found = sparse_ce(logits, targets, sets=sets_of(VOCABULARY))
     assert float(found) == pytest.approx(70 - np.log(2) + np.log(8), rel=1e-6)
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 2**20])
-def test_masses_are_their_slow_twins(monkeypatch, chunk):
-    """Logits over 200 nats, float32, values and gradients, however many tokens are gathered at once."""
-    monkeypatch.setattr(prefix_sets, "_CHUNK", chunk)
+def test_masses_are_their_slow_twins():
+    """Logits over 200 nats, float32, values and gradients."""
     torch.manual_seed(0)
     size, sets = len(VOCABULARY), sets_of(VOCABULARY)
-    rows, tokens = torch.arange(40).repeat_interleave(size), torch.arange(size).repeat(40)
     targets = SparseTargets(ids=size + torch.arange(size).repeat(40, 1), weights=torch.rand(40, size))
     for scale in (1, 40):
         logits = [(scale * torch.randn(40, size)).requires_grad_() for _ in range(2)]
         logits[1].data.copy_(logits[0].data)
-        masses = log_set_masses_one_by_one(logits[1].log_softmax(-1), rows, tokens, sets)
+        masses = oracles.log_set_masses(logits[1].log_softmax(-1), sets)
         assert (masses.min().item() < -75) == (scale == 40)
-        found = [prefix_set_ce(logits[0], targets, sets, reduction="sum"), -(targets.weights.flatten() * masses).sum()]
+        found = [sparse_ce(logits[0], targets, sets=sets, reduction="sum"), -(targets.weights * masses).sum()]
         assert torch.allclose(*found, rtol=1e-5)
         gradients = [torch.autograd.grad(each, z)[0] for each, z in zip(found, logits, strict=True)]
         assert torch.allclose(*gradients, rtol=1e-4, atol=1e-5)
@@ -113,7 +110,7 @@ def test_half_precision_logits_give_half_precision_gradients():
     gradients = []
     for dtype in (torch.bfloat16, torch.float32):
         logits = z.to(dtype).requires_grad_()
-        loss = prefix_set_ce(logits, targets, sets_of(VOCABULARY))
+        loss = sparse_ce(logits, targets, sets=sets_of(VOCABULARY))
         assert loss.dtype == torch.float32
         gradients.append(torch.autograd.grad(loss, logits)[0])
     assert gradients[0].dtype == torch.bfloat16
@@ -126,9 +123,9 @@ def test_a_head_wider_than_the_vocabulary_keeps_its_mass():
     q, sets = logits.softmax(-1)[0], sets_of(VOCABULARY)
     targets = SparseTargets(ids=torch.tensor([[len(VOCABULARY)]]), weights=torch.ones(1, 1, dtype=torch.float64))
     exact = -(members(VOCABULARY)[0] * q[: len(VOCABULARY)]).sum().log()
-    assert float(prefix_set_ce(logits, targets, sets)) == pytest.approx(float(exact))
+    assert float(sparse_ce(logits, targets, sets=sets)) == pytest.approx(float(exact))
     with pytest.raises(ValueError, match="vocabulary of 10 tokens, the logits of 9"):
-        prefix_set_ce(logits[:, :9], targets, sets)
+        sparse_ce(logits[:, :9], targets, sets=sets)
 
 
 def test_without_sets_it_is_sparse_ce():
@@ -139,7 +136,7 @@ def test_without_sets_it_is_sparse_ce():
     targets = SparseTargets(ids=ids, weights=torch.rand(2, 3, 4, dtype=torch.float64))
     labels = torch.tensor([[1, -100, 3], [4, 5, -100]])
     for words in ({"ce_weight": 0.3}, {"reduction": "sum"}, {"num_items_in_batch": 7}):
-        ours = prefix_set_ce(logits, targets, sets_of(VOCABULARY), labels=labels, **words)
+        ours = sparse_ce(logits, targets, sets=sets_of(VOCABULARY), labels=labels, **words)
         assert torch.allclose(ours, sparse_ce(logits, targets, labels=labels, **words))
 
 
@@ -223,7 +220,7 @@ def minimiser(heads, tails, method, of_text):
 
     def closure():
         optimizer.zero_grad()
-        loss = prefix_set_ce(logits, targets, sets_of(PIECES))
+        loss = sparse_ce(logits, targets, sets=sets_of(PIECES))
         loss.backward()
         return loss
 
@@ -260,7 +257,7 @@ def gradients(heads, tails, method, q):
     logits = torch.from_numpy(np.log(q))[None].repeat(len(shares), 1).requires_grad_()
     weights = torch.from_numpy(np.stack(targets))
     sparse = SparseTargets(ids=torch.arange(3 * SIZE).expand(len(shares), -1), weights=weights)
-    loss = prefix_set_ce(logits, sparse, sets_of(PIECES), reduction="sum")
+    loss = sparse_ce(logits, sparse, sets=sets_of(PIECES), reduction="sum")
     return torch.autograd.grad(loss, logits)[0].numpy(), np.array(shares)
 
 

@@ -13,6 +13,7 @@ import torch
 import sparsekd as skd
 from sparsekd import models
 from sparsekd.errors import ModelError, RecipeError
+from sparsekd.prefix_sets import PrefixSets
 
 V, L, K = 60, 10, 4
 
@@ -47,6 +48,24 @@ def test_forward_returns_the_loss_of_its_own_logits():
     logits = reference(input_ids=inputs["input_ids"]).logits[:, :-1]
     targets = skd.SparseTargets(ids=inputs["kd_ids"], weights=inputs["kd_weights"])
     want = skd.sparse_kl(logits, targets, labels=inputs["labels"][:, 1:], ce_weight=0.2)
+    want.backward()
+    torch.testing.assert_close(loss, want)
+    for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_forward_takes_sets_of_tokens():
+    """With `sets`, forward returns `sparse_ce(..., sets=...)` of the model's own logits, gradients included."""
+    model, reference, inputs = tiny(), tiny(), batch()
+    sets = PrefixSets(vocab_size=V, order=torch.arange(V), first=torch.arange(V - 5), last=torch.arange(5, V))
+    inputs["kd_ids"][..., 1] += V
+    skd.attach_sparse_kd(model, ce_weight=0.2, sets=sets)
+    loss = model(**inputs, num_items_in_batch=7).loss
+    loss.backward()
+    logits = reference(input_ids=inputs["input_ids"]).logits[:, :-1]
+    targets = skd.SparseTargets(ids=inputs["kd_ids"], weights=inputs["kd_weights"])
+    words = {"labels": inputs["labels"][:, 1:], "ce_weight": 0.2, "num_items_in_batch": 7}
+    want = skd.sparse_ce(logits, targets, sets=sets, **words)
     want.backward()
     torch.testing.assert_close(loss, want)
     for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
