@@ -69,7 +69,7 @@ def write_cache(folder: Path, records: list[RowRecord], vocab: int, codec: str) 
 def epoch(rows: CacheReader, batch: int = BATCH):
     """A shuffled epoch to ready tensors, without the thread that reads ahead: one core does it all."""
     collate = skd.SparseKDCollator()
-    dataset = skd.CacheDataset(rows, seed=0, collate=collate)
+    dataset = skd.CacheDataset(rows, seed=0)
     for start in range(0, len(rows), batch):
         collate(dataset._items(0, range(start, min(start + batch, len(rows)))))
 
@@ -168,37 +168,42 @@ def _as_it_is(batch):
     return batch
 
 
-def waits(folder: Path, steps: int) -> dict[str, float]:
-    """Share of the wall time that a step waits for its batch: read ahead, read in the step, and ready all along.
+def batches(rows: CacheReader, batch: int, name: str):
+    """An epoch of one of the ways that `waits` compares, through torch's DataLoader."""
+    collate, dataset = skd.SparseKDCollator(), skd.CacheDataset(rows, seed=0)
+    if name == "read in the step":
+        dataset._read_ahead = lambda read, indices, **_: read(indices)  # type: ignore[assignment]
+    if name == "ready in memory":
+        ready = collate(dataset._items(0, range(batch)))
+        dataset.__class__ = type("Ready", (skd.CacheDataset,), {"__getitems__": lambda *_: ready})
+        collate = _as_it_is
+    return iter(torch.utils.data.DataLoader(dataset, batch_size=batch, collate_fn=collate))
 
-    The last is torch's DataLoader alone, which no way of reading can be faster than.
+
+def waits(folder: Path, turns: int, steps: int = 10) -> dict[str, float]:
+    """Share of the time that a step waits for its batch: read ahead, read in the step, and ready all along, some steps
+    of each in turn. The last is torch's DataLoader alone, which no way of reading can be faster than.
     """
     vocab, seq_len, batch = 1024, 128, 16
-    rows = write_cache(folder, make_records(40 * batch, seq_len, vocab), vocab, "raw24")
+    rows = write_cache(folder, make_records(turns * (steps + 1) * batch, seq_len, vocab), vocab, "split")
     model = skd.attach_sparse_kd(models.new_student("tiny", vocab_size=vocab, seq_len=seq_len))
-    shares = {}
-    for name in ("read ahead", "read in the step", "ready in memory"):
-        collate = skd.SparseKDCollator()
-        dataset = skd.CacheDataset(rows, seed=0, collate=collate)
-        if name == "read in the step":
-            dataset._read_ahead = lambda read, indices, **_: read(indices)  # type: ignore[assignment]
-        if name == "ready in memory":
-            ready = collate(dataset._items(0, range(batch)))
-            dataset.__class__ = type("Ready", (skd.CacheDataset,), {"__getitems__": lambda *_, batch=ready: batch})
-            collate = _as_it_is
-        loader = iter(torch.utils.data.DataLoader(dataset, batch_size=batch, collate_fn=collate))
-        wall, work = [], []
-        for _ in range(min(steps, len(dataset) // batch)):
+    ways = {name: batches(rows, batch, name) for name in ("read ahead", "read in the step", "ready in memory")}
+    spent: dict[str, list[tuple[float, ...]]] = {name: [] for name in ways}
+    for name, loader in [each for _ in range(turns) for each in ways.items()]:
+        for step in range(steps + 1):
             begin = (time.perf_counter(), time.thread_time())
             inputs = next(loader)
             middle = (time.perf_counter(), time.thread_time())
             model(**inputs).loss.backward()
-            wall.append((middle[0] - begin[0], time.perf_counter() - begin[0]))
-            work.append((middle[1] - begin[1], time.thread_time() - begin[1]))
+            end = (time.perf_counter(), time.thread_time())
+            if step:  # before the first, other ways' steps have gone by
+                spent[name].append(tuple(m - b for b, m in zip(begin * 2, middle + end, strict=True)))
+    shares = {}
+    for name, each in spent.items():
         # Medians: on a busy machine a thread that is not scheduled looks like one that waits.
-        for clock, pairs in (("wall", wall[1:]), ("CPU of the training thread", work[1:])):
-            shares[f"{name}, {clock}"] = statistics.median(w for w, _ in pairs) / statistics.median(t for _, t in pairs)
-        shares[f"{name}, ms a step"] = 1e3 * statistics.median(t for _, t in work[1:])
+        wall, work, all_wall, all_work = map(statistics.median, zip(*each, strict=True))
+        shares |= {f"{name}, wall": wall / all_wall, f"{name}, CPU of the training thread": work / all_work}
+        shares |= {f"{name}, µs a batch": 1e6 * work, f"{name}, ms a step": 1e3 * all_work}
     return shares
 
 
@@ -226,7 +231,7 @@ def main() -> None:
             "tokens_per_second": {each: len(records) * SEQ_LEN / spent for each, spent in seconds.items()},
             "row_us": {codec: row_microseconds(rows) for codec, rows in caches.items()},
             "order_us": order_microseconds(a.rounds),
-            "waits": waits(folder / "small", 40),
+            "waits": waits(folder / "small", 4),
         }
     print("to ready tensors, M tokens a second and core")
     for each, rate in result["tokens_per_second"].items():
@@ -238,7 +243,7 @@ def main() -> None:
     print("64 rows of an epoch found, µs: " + ", ".join(f"{k} rows {v:.0f}" for k, v in result["order_us"].items()))
     print(
         "share of the time that a step waits: "
-        + ", ".join(f"{k} {v:.2%}" for k, v in result["waits"].items() if "ms" not in k)
+        + ", ".join(f"{k} {v:.2%}" for k, v in result["waits"].items() if "a step" not in k and "a batch" not in k)
     )
     print("\n" + json.dumps(result))
 

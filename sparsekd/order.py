@@ -6,6 +6,8 @@ whole state of a data loader is therefore one integer, and rank r of w simply ta
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, overload
 
 import numpy as np
@@ -15,6 +17,7 @@ from .errors import RecipeError
 
 MAX_SIZE = 2**48
 _ROUNDS = 8
+_BLOCK = 1024
 _WORD = 2**64
 _Words = NDArray[np.uint64]
 
@@ -48,6 +51,20 @@ def permute(index: int | NDArray[Any], size: int, seed: int, epoch: int = 0) -> 
     walked = _walk(indices.astype(np.uint64).ravel(), size, _round_keys(seed, epoch))
     shuffled = walked.astype(np.int64).reshape(indices.shape)
     return shuffled if indices.ndim else int(shuffled)
+
+
+def permute_near(indices: Sequence[int], size: int, seed: int, epoch: int = 0) -> list[int]:
+    """`permute(np.array(indices), size, seed, epoch).tolist()`, of which neighbours were made already: numpy's calls
+    cost a batch of 16 rows as much as half a thousand entries do, 0.1 to 0.4 ms."""
+    if not indices or not 0 <= min(indices) <= max(indices) < min(size, min(indices) + _BLOCK):
+        return permute(np.asarray(indices, np.int64), size, seed, epoch).tolist()
+    return [_block(index // _BLOCK, size, seed, epoch)[index % _BLOCK] for index in indices]
+
+
+@lru_cache(maxsize=8)
+def _block(block: int, size: int, seed: int, epoch: int) -> list[int]:
+    first = block * _BLOCK
+    return permute(np.arange(first, min(first + _BLOCK, size)), size, seed, epoch).tolist()
 
 
 def _check(name: str, value: int, low: int, high: int) -> None:

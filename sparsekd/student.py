@@ -23,8 +23,8 @@ from sparsekd.errors import MismatchError, ModelError
 from sparsekd.fused import fused_linear_sparse_kl
 from sparsekd.losses import LossOptions, full_kl
 from sparsekd.models import body_of, check_rebuilt, head_of, inner_model, replace_forward
-from sparsekd.order import permute
-from sparsekd.padded import PaddedRows, pad_rows
+from sparsekd.order import permute, permute_near
+from sparsekd.padded import pad_rows
 from sparsekd.prefix_sets import PrefixSets
 from sparsekd.read_ahead import ReadAhead
 from sparsekd.residuals import hard_token_weights
@@ -175,8 +175,8 @@ class CacheDataset(torch.utils.data.Dataset):
     the first rows only. `multiple_of` (the rows of one optimizer step) ends each epoch with a whole step: the rows left
     over are others in every epoch, and an epoch has as many steps for any split of a step into batches and processes.
 
-    A data loader without worker processes finds the next batch read already (`read_ahead`): give it none. With
-    `collate`, the loader's own SparseKDCollator, that batch is ready tensors too.
+    A data loader without worker processes finds the next batch read already (`read_ahead`): give it none. Once a
+    SparseKDCollator has asked for a batch, the next ones are made for it there, codec `split`'s rows decoded together.
     """
 
     def __init__(
@@ -187,15 +187,14 @@ class CacheDataset(torch.utils.data.Dataset):
         shuffle: bool = True,
         limit: int | None = None,
         multiple_of: int = 1,
-        collate: SparseKDCollator | None = None,
     ) -> None:
         self.rows = rows
-        self.collate = collate
         self.seed = seed
         self.shuffle = shuffle
         self.size = len(rows) if limit is None else min(limit, len(rows))
         self.multiple_of = multiple_of
         self.epoch = 0
+        self.collator: SparseKDCollator | None = None  # that asked for a batch, last
         self._read_ahead = ReadAhead()
 
     def set_epoch(self, epoch: int) -> None:
@@ -217,28 +216,38 @@ class CacheDataset(torch.utils.data.Dataset):
             return self._items(self.epoch, indices)
         return self._read_ahead(partial(self._items, self.epoch), indices, size=len(self), epoch=self.epoch)
 
-    def _items(self, epoch: int, indices: Sequence[int]) -> Sequence[Any]:
-        numbers = np.asarray(indices, np.int64)
-        if self.shuffle and len(numbers):
-            numbers = permute(numbers, self.size, self.seed, epoch)
-        if self.collate is None or not len(numbers):
-            return [self.rows[number] for number in numbers.tolist()]
-        return CollatedRows(self.rows, numbers.tolist(), self.collate)
+    def _items(self, epoch: int, indices: Sequence[int]) -> RowBatch:
+        numbers = permute_near(indices, self.size, self.seed, epoch) if self.shuffle else list(indices)
+        return RowBatch(self, numbers)
 
 
-class CollatedRows(Sequence[Any]):
-    """Rows by number whose batch is made already, on the thread that read them; a row is read again if asked for."""
+class RowBatch(Sequence[Any]):
+    """The rows of a batch: read, or already the tensors that the dataset's collator will ask for; a row that is looked
+    at beside those is read again. Pickled, it is the list of its rows."""
 
-    def __init__(self, rows: Any, numbers: Sequence[int], collate: SparseKDCollator) -> None:
-        self.rows, self.numbers, self.collator = rows, numbers, collate
-        at_once = rows.padded(numbers) if isinstance(rows, CacheReader) and collate.with_targets else None
-        self.batch = collate.of_rows(list(self)) if at_once is None else collate.of_padded(at_once)
+    def __init__(self, dataset: CacheDataset, numbers: Sequence[int]) -> None:
+        self.dataset, self.numbers, self.collator = dataset, numbers, dataset.collator
+        self._rows: list[Any] | None = None
+        if self.collator is None:
+            self._rows = [dataset.rows[number] for number in numbers]
+        else:
+            self._made = self.collator.of_numbers(dataset.rows, numbers)
+
+    def collated(self, collator: SparseKDCollator) -> dict[str, Tensor]:
+        """`collator(list(self))`; the dataset's next batches are made for this collator."""
+        self.dataset.collator = collator
+        return self._made if collator is self.collator else collator.of_rows(list(self))
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def __getitem__(self, at: Any) -> Any:
-        return self.rows[self.numbers[at]]
+        if isinstance(at, slice):
+            return [self[each] for each in range(len(self))[at]]
+        return self.dataset.rows[self.numbers[at]] if self._rows is None else self._rows[at]
+
+    def __reduce__(self) -> Any:
+        return list, (list(self),)
 
 
 class SparseKDCollator:
@@ -255,9 +264,14 @@ class SparseKDCollator:
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Tensor]:
         """Tensors [B, L], [B, L] and twice [B, L-1, K]; targets are padded with weight 0 to the batch's largest K."""
-        if isinstance(rows, CollatedRows) and rows.collator is self:
-            return rows.batch
-        return self.of_rows(rows)
+        return rows.collated(self) if isinstance(rows, RowBatch) else self.of_rows(rows)
+
+    def of_numbers(self, rows: CacheReader | Any, numbers: Sequence[int]) -> dict[str, Tensor]:
+        """The batch of rows by number, read together where the cache has a way."""
+        together = rows.padded(numbers) if isinstance(rows, CacheReader) and self.with_targets else None
+        if together is None:
+            return self.of_rows([rows[number] for number in numbers])
+        return _inputs(together.input_ids, together.supervised) | _targets(together.ids, together.weights)
 
     def of_rows(self, rows: Sequence[Any]) -> dict[str, Tensor]:
         """The batch of rows read one by one."""
@@ -271,10 +285,6 @@ class SparseKDCollator:
                 "capture with a sampler"
             )
         return batch | _targets(*pad_rows([row.flat for row in rows], supervised[:, 1:]))
-
-    def of_padded(self, rows: PaddedRows) -> dict[str, Tensor]:
-        """The same batch, of rows that were read and padded together."""
-        return _inputs(rows.input_ids, rows.supervised) | _targets(rows.ids, rows.weights)
 
 
 def _inputs(input_ids_BL: NDArray[Any], supervised_BL: NDArray[Any]) -> dict[str, Tensor]:

@@ -190,14 +190,12 @@ def _run(out: Path, recipe: dict[str, Any], data: TrainingSet, progress: bool, c
     if recipe["gradient_checkpointing"]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     _attach_loss(model, recipe, data, teacher)
-    collator = _collator(recipe["method"])
-    collate = collator if isinstance(collator, SparseKDCollator) else None
     trainer = student_trainer(
         model=model,
         args=_arguments(recipe, steps, progress),
-        train_dataset=CacheDataset(data.rows, seed=recipe["seed"], multiple_of=rows_per_step, collate=collate),
+        train_dataset=CacheDataset(data.rows, seed=recipe["seed"], multiple_of=rows_per_step),
         eval_dataset=None if heldout is None else CacheDataset(heldout, shuffle=False, limit=recipe["eval_limit"]),
-        data_collator=collator,
+        data_collator=_collator(recipe["method"]),
         callbacks=[clock := pace(evaluates=heldout is not None), *callbacks],
     )
     if not progress:

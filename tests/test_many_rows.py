@@ -24,7 +24,6 @@ from sparsekd.flat import FlatTargets
 from sparsekd.folder import shard_ranks
 from sparsekd.padded import pad_joined, pad_rows
 from sparsekd.shard import ShardReader, write_shard
-from sparsekd.student import CollatedRows
 
 if compiled.load() is None:
     pytest.skip("needs the extra fast", allow_module_level=True)
@@ -261,15 +260,13 @@ def test_a_batch_of_a_cache_is_its_rows(tmp_path):
 
 @pytest.mark.parametrize("codec", ["split", "raw24"])
 def test_a_batch_made_ahead_is_the_batch(tmp_path, codec):
-    """The same tensors, whether rows are padded together or one by one; another collator finds the rows."""
+    """The same tensors, whether rows are padded together or one by one."""
     collate = skd.SparseKDCollator()
     with CacheReader(write(tmp_path / "c", [0, 1], codec)) as reader:
-        ahead = skd.CacheDataset(reader, seed=4, collate=collate).__getitems__([4, 1, 2])
-        plain = skd.CacheDataset(reader, seed=4).__getitems__([4, 1, 2])
-        assert isinstance(ahead, CollatedRows)
-        assert [row.index for row in ahead] == [row.index for row in plain]
-        expected = collate(plain)
-        for batch in (collate(ahead), skd.SparseKDCollator()(ahead)):
+        dataset = skd.CacheDataset(reader, seed=4)
+        expected = collate([dataset[index] for index in (4, 1, 2)])
+        first, second = (collate(dataset._items(0, [4, 1, 2])) for _ in range(2))
+        for batch in (first, second):
             assert all(torch.equal(batch[key], expected[key]) for key in expected)
             assert list(batch) == list(expected)
 
@@ -292,7 +289,8 @@ def test_a_hostile_row_of_a_batch_is_named(tmp_path):
     with CacheReader(path) as reader:
         assert reader.padded([0, 1, 3]) is not None
         assert reader.padded([0, 2, 3]) is None
-        dataset = skd.CacheDataset(reader, shuffle=False, collate=skd.SparseKDCollator())
+        dataset = skd.CacheDataset(reader, shuffle=False)
+        skd.SparseKDCollator()(dataset._items(0, [0, 1]))
         with pytest.raises(FormatError, match=r"row 2: its integers take \d+ bytes of \d+"):
             dataset._items(0, [0, 2, 3])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from sparsekd.cache import CacheReader, CacheSpec, CacheWriter, RowRecord
 from sparsekd.codec import codec_spec
 from sparsekd.errors import FormatError
 from sparsekd.flat import FlatTargets
-from sparsekd.order import permute
+from sparsekd.order import permute, permute_near
 from sparsekd.padded import pad_rows
 from sparsekd.read_ahead import ReadAhead
 
@@ -101,18 +102,42 @@ def test_a_collated_batch_is_the_rows_targets(cache):
         assert batch["labels"][b].tolist() == labels.tolist()
 
 
-def test_a_batch_made_ahead_is_the_batch(cache):
-    """With `collate` the same tensors come, from the same loader; another collator makes its own."""
-    collate = skd.SparseKDCollator()
-    ready, plain = skd.CacheDataset(cache, seed=4, collate=collate), skd.CacheDataset(cache, seed=4)
-    for ahead, slow in zip(
-        torch.utils.data.DataLoader(ready, batch_size=6, collate_fn=collate),
-        torch.utils.data.DataLoader(plain, batch_size=6, collate_fn=collate),
-        strict=True,
-    ):
-        assert all(torch.equal(ahead[key], slow[key]) for key in slow)
-    assert collate(ready.__getitems__([0, 1])) is not collate(ready.__getitems__([0, 1]))
-    assert "kd_ids" not in skd.SparseKDCollator(with_targets=False)(ready.__getitems__([0, 1]))
+def of_rows_alone(dataset, batch):
+    """The batch of a list of rows, each read by itself."""
+    return skd.SparseKDCollator()([dataset[index] for index in batch])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_made_ahead_is_the_batch(cache, workers):
+    """From the second batch on, tensors come made: those of the rows one by one, over two epochs, in workers too."""
+    collate, dataset = skd.SparseKDCollator(), skd.CacheDataset(cache, seed=4)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=6, collate_fn=collate, num_workers=workers)
+    for epoch in (0, 1):
+        dataset.set_epoch(epoch)
+        for at, batch in enumerate(loader):
+            expected = of_rows_alone(dataset, range(6 * at, min(6 * at + 6, len(dataset))))
+            assert list(batch) == list(expected)
+            assert all(torch.equal(batch[key], expected[key]) for key in expected)
+
+
+def test_a_batch_is_made_for_the_collator_that_asked_last(cache):
+    """One collator finds its tensors made; any other gets a batch of its own, and whoever looks at rows finds them."""
+    dataset, collate, plain = (
+        skd.CacheDataset(cache, seed=4),
+        skd.SparseKDCollator(),
+        skd.SparseKDCollator(with_targets=False),
+    )
+    expected = of_rows_alone(dataset, range(3))
+    for _ in range(2):
+        batch = dataset._items(0, range(3))
+        assert list(plain(batch)) == ["input_ids", "labels"]
+        assert all(torch.equal(collate(batch)[key], expected[key]) for key in expected)
+    made = dataset._items(0, range(3))
+    assert collate(made) is collate(made)
+    assert collate(made) is not collate(dataset._items(0, range(3)))
+    numbers = [dataset.row_number(index) for index in range(3)]
+    assert [row.index for row in made] == [row.index for row in pickle.loads(pickle.dumps(made))] == numbers
+    assert [row.index for row in made[1:]] == numbers[1:]
 
 
 @pytest.mark.parametrize(
@@ -151,6 +176,20 @@ def test_the_next_batch_is_read_while_the_step_runs():
         assert found == batches[:foreground]
 
 
+def test_the_thread_ends_with_what_it_read_for():
+    """A dataset that is let go lets its thread go; the thread holds nothing while it waits."""
+    before = set(threading.enumerate())
+    ahead, rows = ReadAhead(), type("Rows", (), {"read": lambda self, indices: list(indices)})()
+    assert ahead(rows.read, [0, 1], size=4, epoch=0) == [0, 1]
+    assert ahead(rows.read, [2, 3], size=4, epoch=0) == [2, 3]
+    (thread,) = set(threading.enumerate()) - before
+    held = weakref.ref(rows)
+    del rows, ahead
+    thread.join(timeout=10)
+    assert held() is None
+    assert not thread.is_alive()
+
+
 def test_an_error_ahead_comes_with_its_own_batch():
     """A damaged row stops the step that needs it, not the one before."""
     ahead = ReadAhead()
@@ -179,6 +218,18 @@ def test_a_dataset_goes_to_worker_processes(cache):
     assert [number for batch in loader for number in batch] == [
         dataset.row_number(index) for index in range(len(dataset))
     ]
+
+
+@pytest.mark.parametrize("size", [1, 700, 1024, 2500])
+def test_neighbours_stand_where_they_stand_alone(size):
+    """permute_near is permute: inside a block, across two, out of order, far apart, and outside."""
+    for first in range(0, size, 97):
+        for indices in (range(first, min(first + 60, size)), [first, first, size - 1, 0], [], [first]):
+            expected = [int(permute(index, size, 3, 2)) for index in indices]
+            assert permute_near(list(indices), size, 3, 2) == expected
+    for outside in ([-1, 0], [size]):
+        with pytest.raises(IndexError, match="the order has"):
+            permute_near(outside, size, 3)
 
 
 def test_the_order_costs_the_same_at_any_size():

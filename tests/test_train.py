@@ -33,7 +33,7 @@ from sparsekd.errors import (
     VersionError,
 )
 from sparsekd.packed import RowsReader
-from sparsekd.student import CollatedRows
+from sparsekd.student import RowBatch
 from sparsekd.train import train
 
 STUDENT = {"family": "tiny", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
@@ -275,7 +275,7 @@ def test_a_step_without_supervised_tokens_harms_nothing(world, sft, tmp_path, mo
 
     def blank(self, rows):
         batch = real(self, rows)
-        if isinstance(rows, CollatedRows):  # handed to a step, and not made ahead of one
+        if isinstance(rows, RowBatch):  # handed to a step, and not made ahead of one
             calls.append(1)
             return batch | ({"labels": torch.full_like(batch["labels"], -100)} if len(calls) == 2 else {})
         return batch
