@@ -19,6 +19,7 @@ from sparsekd import models
 from sparsekd.cache import CacheSpec, RowRecord
 from sparsekd.codec import CODECS, CURVES, IMPORTANCE, FlatTargets, Importance, decode
 from sparsekd.errors import MismatchError, ModelError
+from sparsekd.fused_chunks import workspace
 from sparsekd.packed import PackedBatch, RowsReader
 from sparsekd.position_budget import entropies, inclusion, law_of
 from sparsekd.rng import Keys
@@ -74,7 +75,7 @@ class Teacher:
         drawn = Drawn(parts=[])
         for start in range(0, len(rows), chunk):
             part = slice(start, start + chunk)
-            logits_CV = self.head.logits(hidden_NH[part])
+            logits_CV = self._logits(hidden_NH[part])
             keys = {"seed": seed, "rows": rows[part] + first_row, "positions": positions[part]}
             drawn.parts.append(draw(logits_CV, tokens_N[part], name, **keys, **parameters))
             if law is not None:
@@ -86,7 +87,14 @@ class Teacher:
     def entropies(self, input_ids_BL: np.ndarray, supervised_BL: np.ndarray) -> Tensor:
         """[N] nats at every position whose next token is supervised."""
         hidden_NH, chunk = self._read(input_ids_BL, supervised_BL)[2], self.spec.capture["head_chunk"]
-        return torch.cat([entropies(self.head.logits(hidden_CH)) for hidden_CH in hidden_NH.split(chunk)])
+        return torch.cat([entropies(self._logits(hidden_CH)) for hidden_CH in hidden_NH.split(chunk)])
+
+    def _logits(self, hidden_CH: Tensor) -> Tensor:
+        """[C, V] logits of a chunk, written over those of the chunk before: fresh pages cost as much as the draws."""
+        weight_VH = self.head.weight_VH
+        if weight_VH is None:
+            return hidden_CH
+        return self.head.write_logits(hidden_CH, workspace(len(hidden_CH), weight_VH))
 
     def _read(self, input_ids_BL: np.ndarray, supervised_BL: np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of the supervised positions: row, position, what the head reads, and the token that came next."""

@@ -68,6 +68,17 @@ class Head:
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
+    def write_logits(self, hidden_CH: Tensor, out_CV: Tensor) -> Tensor:
+        """`out_CV.copy_(logits(hidden_CH))`, the same to the bit, without gradients and without memory besides."""
+        assert self.weight_VH is not None
+        if self.bias is None:
+            torch.mm(hidden_CH, self.weight_VH.T, out=out_CV)
+        else:
+            torch.addmm(self.bias, hidden_CH, self.weight_VH.T, out=out_CV)
+        if self.scale != 1:
+            out_CV.mul_(self.scale)
+        return out_CV if self.softcap is None else out_CV.div_(self.softcap).tanh_().mul_(self.softcap)
+
     def in_order(self, order_V: Tensor) -> Head:
         """A head whose logits come in another order of the ids: `in_order(o).logits(h)` is `logits(h)[:, o]`. Its
         weight is a copy, once for all positions, where ordering their logits would be a pass over V for each."""

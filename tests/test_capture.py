@@ -191,11 +191,17 @@ def test_changing_a_drawn_target_shows_as_drift(world, monkeypatch):
 
 
 def test_batches_never_materialise_all_logits(world, monkeypatch):
-    """The head is applied to `head_chunk` positions at a time, whatever the batch."""
+    """The head is applied to `head_chunk` positions at a time, whatever the batch, in the same memory."""
     monkeypatch.setitem(drawing.HEAD_BYTES, "cpu", 4 * 300 * 5)
-    seen = []
-    original = models.Head.logits
-    monkeypatch.setattr(models.Head, "logits", lambda self, hidden: seen.append(len(hidden)) or original(self, hidden))
+    seen, places = [], set()
+    original = models.Head.write_logits
+
+    def write_logits(self, hidden, out):
+        seen.append(len(hidden))
+        places.add(out.data_ptr())
+        return original(self, hidden, out)
+
+    monkeypatch.setattr(models.Head, "write_logits", write_logits)
     reader = RowsReader(world.rows)
     model = models.open_model(world.teacher, device="cpu")
     draws = {**SAMPLER, "temperature": 1.0, "normalize": True, "seed": 0}
@@ -204,8 +210,23 @@ def test_batches_never_materialise_all_logits(world, monkeypatch):
     batch = reader.batch(range(8))
     seen.clear()
     source.draw(batch.input_ids, batch.supervised, 0)
+    assert len(places) == 1
     assert max(seen) == 5
     assert sum(seen) == batch.supervised[:, 1:].sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", [{}, {"bias": True}, {"scale": 0.3}, {"bias": True, "scale": 0.3, "softcap": 4.0}])
+def test_logits_written_into_memory_are_the_same_to_the_bit(form, dtype):
+    """`write_logits` is `logits`, of whole chunks and of a last small one; caches begun before it go on unchanged."""
+    numbers = torch.Generator().manual_seed(0)
+    weight, hidden = (torch.randn(size, 48, generator=numbers).to(dtype) for size in (1000, 64))
+    bias = {"bias": torch.randn(1000, generator=numbers).to(dtype)} if "bias" in form else {}
+    head, out = models.Head(weight_VH=weight, **form | bias), torch.full((64, 1000), torch.nan, dtype=dtype)
+    for count in (64, 63, 7, 1):
+        found = head.write_logits(hidden[:count], out[:count])
+        assert found.data_ptr() == out.data_ptr()
+        assert torch.equal(found, head.logits(hidden[:count]))
 
 
 def test_shard_ranges_and_ranks_share_the_work(world, tmp_path, monkeypatch):
