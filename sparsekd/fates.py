@@ -16,11 +16,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .joints import APART, JOINED, meet
 from .open_sets import OpenSets, open_sets
 from .retokenise import Context, Contexts, Pair, cut_ids
 from .vocab_bytes import NEVER, with_prefix
@@ -33,7 +35,13 @@ _WORD = re.compile(rb"(?:\A[^']?|[A-Za-z0-9] )[A-Za-z]*[A-Za-z]\Z", re.DOTALL)
 _LETTER = np.array([chr(byte).isascii() and chr(byte).isalpha() for byte in range(256)])
 _SIGN = np.array([not (chr(byte).isascii() and (chr(byte).isalnum() or chr(byte).isspace())) for byte in range(256)])
 _APOSTROPHE = ord("'")
-_NEXT = -2  # of a context without a draw: its text is used up, what follows decides
+# What a context gives by itself, beside tokens: REJECTED (or SHORT); what the draw gives after `Known.rest`.
+_NONE, _NEXT = -1, -2
+# How text and draw meet: only reading both tells; cut apart; inside a word, as two tokens decide, and not apart there.
+_READ, _APART, _INSIDE, _JOINED = range(4)
+# The text's edge: its last byte, 256 + that where letters end it, or one of these. A control token begins with 256.
+_UNKNOWN, _EMPTY, _EDGES = 512, 513, 514
+_CONTROL, _BEGINS = 256, 257
 # Answers kept at most; beyond, they are forgotten and found again. About 200 MB.
 MOST_ANSWERS = 2**23
 
@@ -64,127 +72,151 @@ def find(memo: Memo, keys: Array, solve: Callable[[Array], Array]) -> Array:
     return values[inverse]
 
 
+class Known(NamedTuple):
+    """What is known of contexts without any draw: an array each.
+
+    Attributes:
+        alone: what it gives where text and draw are cut apart: a token of the text's, _NEXT or _NONE.
+        rest: the context without its text: what the draw itself must be like. 0 where that is nothing.
+        wants: the byte that a draw must begin with, -1 for any.
+        joint: 1 where the draw must be cut apart from the text.
+        before: the student's token that the text ends with, -1 where there is none.
+        edge: how the text ends.
+    """
+
+    alone: Any
+    rest: Any
+    wants: Any
+    joint: Any
+    before: Any
+    edge: Any
+
+
 @dataclass(slots=True)
 class Answers:
     """What every (context, draw) that was asked for gave, so that it is encoded once. Never changes a result.
 
     Attributes:
         joined: context V + draw -> the student's token 4 + fate.
-        junctions: token V + token of the student's -> whether they stay apart when they meet inside a word.
         plain: [V] what each draw is if nothing stands before it, as in `joined`.
-        known: per context what `Known` says, one array each.
-        first_byte: [V] of each of the teacher's tokens, -1 for control tokens.
+        known: what is known of the contexts so far.
+        begins: [V] the first byte of each of the teacher's tokens, _CONTROL for control tokens.
+        meets: [_EDGES, _BEGINS] how a text that ends so and a draw that begins so meet.
         sets: what open draws stand for.
     """
 
     pair: Pair
     contexts: Contexts = field(default_factory=Contexts)
     joined: Memo = field(default_factory=lambda: Memo())
-    junctions: Memo = field(default_factory=lambda: Memo())
     plain: Array = field(init=False)
-    known: Array = field(default_factory=lambda: np.zeros((0, 5), np.int64))
-    first_byte: Array = field(init=False)
+    known: Known = field(default_factory=lambda: Known(*np.zeros((len(Known._fields), 0), np.int64)))
+    begins: Array = field(init=False)
+    meets: Array = field(init=False)
     sets: OpenSets = field(init=False)
 
     def __post_init__(self) -> None:
         pieces = [*self.pair.teacher.of_id, *[None] * (len(self.pair.control) - len(self.pair.teacher.of_id))]
-        self.first_byte = np.array([-1 if not piece else piece[0] for piece in pieces])
+        self.begins = np.array([piece[0] if piece else _CONTROL for piece in pieces])
+        self.meets = _meets(self.pair)
         self.sets = open_sets(self.pair)
-        self.plain = _solve(self, np.arange(len(pieces)))
+        theirs = self.pair.control
+        control = np.where(theirs >= 0, theirs * _FATES + DECIDED, REJECTED)
+        self.plain = np.where(self.begins == _CONTROL, control, _solve(self, np.arange(len(pieces))))
 
 
-class Known(NamedTuple):
-    """What is known of a context without any draw.
+def _meets(pair: Pair) -> Array:
+    """See `Answers.meets`.
 
-    Attributes:
-        alone: what it gives when nothing can join its text: -1 rejected, _NEXT (the draw decides), or a token.
-        last_byte: of a tail that ends a word if the draw does not go on with it; else -1.
-        wants: the byte that a draw must begin with, -1 for any.
-        before: the student's token that the tail ends with, -1 where there is none.
-        letters: 1 where the tail is a word of ASCII letters.
+    Where no token of the student's has the bytes on both sides of the draw's beginning inside it, text and draw are cut
+    apart. But a run of signs may be one word (".'s" is not cut as "'s" is), and so may "'d" of "'def" or "foo's".
     """
-
-    alone: int
-    last_byte: int
-    wants: int
-    before: int
-    letters: int
+    found = np.full((_EDGES, _BEGINS), _READ)
+    apostrophe = np.arange(256) == _APOSTROPHE
+    one_word = _SIGN[:, None] & _SIGN | apostrophe[:, None] | apostrophe
+    bytes_ = found[:512].reshape(2, 256, _BEGINS)[:, :, :256]
+    if pair.joints is not None:
+        bytes_[1, _LETTER[:, None] & _LETTER] = _INSIDE
+    bytes_[:, ~pair.crossed & ~one_word] = _APART
+    found[_EMPTY], found[:, _CONTROL] = _APART, _APART
+    return found
 
 
 def answer(answers: Answers, contexts: Array, draws: Array) -> tuple[Array, Array]:
     """(fates [M], tokens [M]) of draws in their contexts (numbers of `answers.contexts`).
 
-    Most draws need not be read after their context. Where no token of the student's has the bytes on both sides of the
-    draw's beginning inside it, text and draw are cut apart. Where both are letters of one word, BPE cuts there iff the
-    two tokens that meet stay apart by themselves.
+    Most draws need not be read after their context. Where text and draw are cut apart (see `_meets`), or BPE keeps the
+    two tokens apart that meet inside a word, either the text has the token in question or the draw, read by itself.
     """
     _learn_contexts(answers)
-    alone, last_byte, wants, before, letters = answers.known[contexts].T
-    begins = answers.first_byte[draws]
-    control = begins < 0
-    hopeless = ~control & (wants >= 0) & (wants != begins)
-    apart = control | ((last_byte >= 0) & ~answers.pair.crossed[last_byte, begins] & (wants < 0))
-    # A run of signs may be one word (".'s" is not cut as "'s" is), and so may "'d" of "'def" or "foo's".
-    apostrophe = (begins == _APOSTROPHE) | (last_byte == _APOSTROPHE)
-    apart &= control | ~(_SIGN[begins] & _SIGN[last_byte] | apostrophe)
-    inside = answers.pair.merges & ~apart & (letters > 0) & _LETTER[begins] & (wants < 0) & (alone != -1)
-    fates, tokens = np.zeros(len(draws), np.int64), np.zeros(len(draws), np.int64)
-    width = len(answers.pair.control)
-    whole = ~hopeless & (inside | (apart & ~control & (alone == _NEXT)))
-    tokens[whole], fates[whole] = np.divmod(answers.plain[draws[whole]], _FATES)
-    meets = np.flatnonzero(inside & ~hopeless)
-    stays = _stay_apart(answers, before[meets], tokens[meets]) & (fates[meets] != REJECTED)
-    fates[meets[~stays]] = REJECTED
-    done = ~hopeless & (alone >= 0) & apart
-    done[meets[stays]] = alone[meets[stays]] >= 0
-    fates[done], tokens[done] = DECIDED, alone[done]
-    ends = control & (alone == _NEXT)
-    theirs = answers.pair.control[draws[ends]]
-    fates[ends], tokens[ends] = np.where(theirs >= 0, DECIDED, REJECTED), theirs.clip(0)
-    ask = ~hopeless & ~apart & ~inside
-    ask[meets[~stays]] = alone[meets[~stays]] >= 0  # the token became another one
-    joined = find(answers.joined, contexts[ask] * width + draws[ask], lambda keys: _solve(answers, keys))
-    tokens[ask], fates[ask] = np.divmod(joined, _FATES)
+    known, begins, width = answers.known, answers.begins[draws], len(answers.pair.control)
+    wants = known.wants[contexts]
+    possible = (wants < 0) | (wants == begins)
+    meets = np.where(possible, answers.meets.reshape(-1)[known.edge[contexts] * _BEGINS + begins], -1)
+    _tell_inside(answers, contexts, draws, meets)
+    alone, found = known.alone[contexts], np.full(len(draws), REJECTED)
+    apart = meets == _APART
+    mine, theirs = apart & (alone >= 0), apart & (alone == _NEXT) & (wants < 0)
+    found[mine] = alone[mine] * _FATES + DECIDED
+    found[theirs] = answers.plain[draws[theirs]]
+    longer = (wants >= 0) & (apart | (meets == _JOINED))
+    numbers = np.where(longer, known.rest[contexts], contexts)
+    ask = longer | (meets == _READ)
+    told = find(answers.joined, numbers[ask] * width + draws[ask], lambda keys: _solve(answers, keys))
+    cut = longer & ~(apart & (alone == _NEXT))
+    found[ask] = np.where(cut[ask] & (told != SHORT), REJECTED, told)
+    tokens, fates = np.divmod(found, _FATES)
     return fates, tokens
 
 
-def _stay_apart(answers: Answers, before: Array, after: Array) -> Array:
-    """[M] bool: whether the student cuts the bytes of two of its tokens back into the two."""
-    pair, of_id = answers.pair, answers.pair.student.of_id
-    size = len(of_id)
-
-    def solve(keys: Array) -> Array:
-        both = [divmod(key, size) for key in keys.tolist()]
-        found = cut_ids([(of_id[a] or b"") + (of_id[b] or b"") for a, b in both], pair)
-        return np.array([ids == [a, b] for ids, (a, b) in zip(found, both, strict=True)], np.int64)
-
-    return find(answers.junctions, before * size + after, solve) > 0
+def _tell_inside(answers: Answers, contexts: Array, draws: Array, meets: Array) -> None:
+    """Put what they are into `meets` where it is _INSIDE."""
+    inside = np.flatnonzero(meets == _INSIDE)
+    if answers.pair.joints is None or not len(inside):
+        return
+    numbers, size = contexts[inside], len(answers.pair.lengths)
+    tokens, fates = np.divmod(answers.plain[draws[inside]], _FATES)
+    keys, inverse = np.unique(answers.known.before[numbers] * size + tokens, return_inverse=True)
+    stay = meet(answers.pair.joints, *np.divmod(keys, size))[inverse]
+    joined = np.where(answers.known.joint[numbers] > 0, _JOINED, _READ)
+    told = np.where(stay == APART, _APART, np.where(stay == JOINED, joined, _READ))
+    meets[inside] = np.where(fates == REJECTED, _READ, told)
 
 
 def _learn_contexts(answers: Answers) -> None:
     """What new contexts give by themselves."""
-    new = answers.contexts.all[len(answers.known) :]
-    if new:
+    while new := answers.contexts.all[len(answers.known.alone) :]:
         texts = list({context.tail for context in new})
         cut = dict(zip(texts, cut_ids(texts, answers.pair), strict=True))
-        found = [_know(context, cut[context.tail], answers.pair) for context in new]
-        answers.known = np.concatenate([answers.known, np.array(found, np.int64)])
+        found = np.array([_know(context, cut[context.tail], answers) for context in new])
+        answers.known = Known(*(np.append(old, each) for old, each in zip(answers.known, found.T, strict=True)))
 
 
-def _know(context: Context, ids: list[int] | None, pair: Pair) -> Known:
-    tail, head, cuts, opens = context
-    begin, alone = len(head), -1
-    if ids is not None and begin <= len(tail) and tail[:begin] == head:
-        token = _token_at(ids, cuts, pair)
-        alone = -1 if token is None else _NEXT if begin == len(tail) else token
-    ends_word = bool(tail) and not tail[-1:].isspace()
-    return Known(
-        alone=alone,
-        last_byte=tail[-1] if ends_word else -1,
-        wants=head[len(tail)] if begin > len(tail) and not opens else -1,
-        before=ids[-1] if ids else -1,
-        letters=int(ids is not None and _ends_in_letters(tail, pair)),
-    )
+def _know(context: Context, ids: list[int] | None, answers: Answers) -> tuple[int, ...]:
+    """`Known` of one context."""
+    tail, head, cuts, _ = context
+    longer = len(head) > len(tail) and not context.opens
+    alone, rest = _NONE, 0
+    if longer:
+        after = tuple([cut - len(tail) for cut in cuts if cut > len(tail)])
+        rest = answers.contexts.number(Context(b"", head[len(tail) :], after))
+        ends = None if ids is None else list(accumulate(answers.pair.lengths[ids].tolist()))
+        alone = _NONE if ends is None or ends != list(cuts[: len(ends)]) else _NEXT
+    elif ids is not None and tail.startswith(head):
+        token = _token_at(ids, cuts, answers.pair)
+        alone = _NONE if token is None else token if token >= 0 else _NEXT
+    wants, joint = head[len(tail)] if longer else -1, int(len(tail) in cuts or not tail)
+    return alone, rest, wants, joint, ids[-1] if ids else -1, _edge(context, ids, wants, answers.pair)
+
+
+def _edge(context: Context, ids: list[int] | None, wants: int, pair: Pair) -> int:
+    """How a context's text ends; white space may be cut otherwise before some draws, and half a character is none."""
+    tail = context.tail
+    if not tail:
+        return _UNKNOWN if context.opens else _EMPTY
+    unsure = wants >= 0 and (ids is None or 0x80 <= wants < 0xC0 or not context.head.startswith(tail))
+    if unsure or tail[-1:].isspace():
+        return _UNKNOWN
+    return tail[-1] + 256 * (ids is not None and _ends_in_letters(tail, pair))
 
 
 def _ends_in_letters(tail: bytes, pair: Pair) -> bool:

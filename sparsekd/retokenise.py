@@ -23,11 +23,13 @@ import numpy as np
 
 from .align import identical_spans, last_start_before, shared_starts, token_starts
 from .errors import MismatchError
+from .joints import Joints, joints_of
 from .vocab_bytes import (
     NEVER,
     VocabBytes,
     cuts_by_merges,
     encode_texts,
+    model_of,
     plain_backend,
     segmentation,
     text_of,
@@ -53,7 +55,7 @@ class Pair:
         lengths: [student's V] int64 bytes.
         short: the student's tokens of at most 3 bytes: what bytes that are no text (half a character) become.
         crossed: [256, 256] bool, the neighbouring bytes that some token of the student's has inside it.
-        merges: whether a word is cut by BPE merges, whose tokens depend on their neighbours only.
+        joints: the student's merges, where a word is cut by BPE merges, whose tokens depend on their neighbours only.
     """
 
     teacher: VocabBytes
@@ -65,7 +67,7 @@ class Pair:
     lengths: np.ndarray
     short: dict[bytes, int]
     crossed: np.ndarray
-    merges: bool
+    joints: Joints | None
 
 
 class Context(NamedTuple):
@@ -139,7 +141,7 @@ def pair_of(teacher: Any, student: Any, logit_width: int | None = None) -> Pair:
         lengths=of_student.lengths(),
         short=_short(of_student),
         crossed=crossed_bytes(of_student.of_id),
-        merges=cuts_by_merges(student),
+        joints=joints_of(model_of(student)) if cuts_by_merges(student) else None,
     )
 
 

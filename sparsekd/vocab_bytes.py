@@ -135,12 +135,18 @@ def segmentation(tokenizer: Any) -> str:
     return json.dumps([model, pieces, added, rest], sort_keys=True)
 
 
+def model_of(tokenizer: Any) -> dict[str, Any]:
+    """The model part of a tokenizer.json."""
+    model: dict[str, Any] = _description(tokenizer)["model"]
+    return model
+
+
 def cuts_by_merges(tokenizer: Any) -> bool:
     """Whether words are cut by BPE merges alone: no Unigram, no word looked up whole that merges do not give."""
-    description = _description(tokenizer)
-    if description["model"]["type"] != "BPE":
+    model = model_of(tokenizer)
+    if model["type"] != "BPE":
         return False
-    if not description["model"].get("ignore_merges"):
+    if not model.get("ignore_merges"):
         return True
     backend, vocabulary = plain_backend(tokenizer), vocabulary_bytes(tokenizer)
     words = {

@@ -73,6 +73,7 @@ LAYERS: dict[str, set[str]] = {
         "corpus",
         "vocab",
         "vocab_bytes",
+        "joints",
         "align",
         "retokenise",
         "overlay",

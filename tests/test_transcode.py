@@ -14,11 +14,12 @@ import pytest
 from conftest import folder_bytes
 from slow_transcode import Slow, slow_sets, slow_transcode
 from test_align import CORPUS, FAMILIES, byte_level, fast
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from sparsekd.cache import CacheReader, CacheWriter, check_alignment, verify
 from sparsekd.errors import FormatError, MismatchError, RecipeError, SourceError
 from sparsekd.fates import Answers
+from sparsekd.joints import APART, DOUBTFUL, JOINED, meet
 from sparsekd.open_sets import sets_of_cuts
 from sparsekd.recompute import recompute
 from sparsekd.redraw import Draws, Places, rewrite
@@ -83,7 +84,7 @@ REGEX = (
 
 def with_regex(texts):
     """A byte-level BPE behind Llama 3's regular expression."""
-    from tokenizers import Regex, models, pre_tokenizers, trainers
+    from tokenizers import Regex, trainers
 
     backend = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(REGEX), "isolated")
@@ -195,6 +196,39 @@ def test_a_teachers_cuts_tell_what_may_follow():
     for outer, inner in itertools.product(range(-1, 12), range(12)):
         inside = outer < 0 or (after[inner] <= after[outer] and (outer >= 6 or inner < 6))
         assert bool(sets.holds_set(np.array([outer]), np.array([inner]))[0]) == inside
+
+
+def words_of(tokenizer):
+    """The pair of a tokenizer with itself, and those of its tokens that stand for a text inside one of its words."""
+    pair = pair_of(tokenizer, tokenizer)
+    letters = {n: piece for n, piece in enumerate(pair.student.of_id) if piece and piece.isalpha()}
+    return pair, [n for n, piece in letters.items() if cut_ids([piece], pair)[0] == [n]]
+
+
+@pytest.mark.parametrize("name", ["byte_level", "rich", "llama2_like", "many_ways"])
+def test_merges_tell_which_tokens_stay_apart(families, name):
+    """All pairs of words' tokens: the tokenizer cuts the two where `meet` says so, and nowhere else."""
+    made = {**families, "many_ways": merged_in_many_ways()}
+    pair, words = words_of(made[name])
+    before, after = (each.ravel() for each in np.meshgrid(words, words))
+    pieces = pair.student.of_id
+    read = cut_ids([pieces[a] + pieces[b] for a, b in zip(before.tolist(), after.tolist(), strict=True)], pair)
+    stay = [ids == [a, b] for ids, a, b in zip(read, before.tolist(), after.tolist(), strict=True)]
+    told = meet(pair.joints, before, after)
+    sure = told != DOUBTFUL
+    assert ((told == APART) == stay)[sure].all()
+    assert {APART, JOINED} <= set(told.tolist())
+    assert (~sure).any() == (name == "many_ways")
+
+
+def merged_in_many_ways():
+    """A BPE with several merges for one token, runs of one letter, and a merge ranked before its part's."""
+    merges = ["a b", "a bc", "b c", "ab c", "c c", "cc cc", "c cc", "a a", "aa a", "cc a", "b a"]
+    pieces = sorted({*"abc", *(merge.replace(" ", "") for merge in merges)})
+    model = models.BPE({p: n for n, p in enumerate(pieces)}, [tuple(merge.split(" ")) for merge in merges])
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return fast(backend)
 
 
 # --- caches ---------------------------------------------------------------------------------------------
