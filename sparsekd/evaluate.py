@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparsekd import metrics, models
 from sparsekd.checks import check_at_least, make_folder
-from sparsekd.errors import MismatchError, RecipeError, SourceError
+from sparsekd.errors import RecipeError, SourceError
 from sparsekd.files import write_atomically
 from sparsekd.packed import RowsReader
 from sparsekd.samplers import sample
@@ -52,8 +52,8 @@ def evaluate(
     Returns:
         loss (nats per token), perplexity, bits_per_byte (at the whole split's tokens per byte), ece and reliability
         (15 bins, Guo et al. 2017), accuracy;
-        with a teacher also acceptance (Σ min(p, q), the expected speculative acceptance of a drafted token),
-        agreement (same top token) and teacher_kl (nats, KL(teacher || model)).
+        with a teacher also, over the ids that both have, acceptance (Σ min(p, q), the expected speculative acceptance
+        of a drafted token), agreement (same top token) and teacher_kl (nats, KL(teacher || model)).
 
     Raises:
         MismatchError: a model or teacher that does not fit the rows.
@@ -63,11 +63,9 @@ def evaluate(
     reader = _open_rows(rows, split, batch_size=batch_size, limit_rows=limit_rows)
     student = _open(model, reader, dtype, device, "model")
     other = None if teacher is None else _open(teacher, reader, dtype, device, "teacher")
-    if other is not None and models.logit_width(other) != models.logit_width(student):
-        raise MismatchError(
-            f"vocabulary differs: the model makes {models.logit_width(student)} logits, the teacher "
-            f"{models.logit_width(other)}; take models of one tokenizer"
-        )
+    size = reader.manifest["tokenizer"]["vocab_size"]
+    widths = [models.logit_width(model) for model in (student, other) if model is not None]
+    width = models.shared_width((widths[0], widths[-1]), size, "model and teacher")
     count = min(len(reader), limit_rows or len(reader))
     tally, bins = metrics.Tally(), metrics.CalibrationBins()
     for start in range(0, count, batch_size):
@@ -77,7 +75,7 @@ def evaluate(
             bins.add(confidence, correct)
             values = {"loss": metrics.token_losses(logits_CV, labels_C), "accuracy": correct.double()}
             if teacher_CV is not None:
-                values |= _against_teacher(teacher_CV, logits_CV)
+                values |= _against_teacher(teacher_CV[:, :width], logits_CV[:, :width])
             tally.add(rows_C, **values)
         if progress:
             progress(min(start + batch_size, count), count)
@@ -149,12 +147,8 @@ def _open(path: str, reader: RowsReader, dtype: str, device: str | None, whose: 
     models.check_rebuilt(model)
     models.check_context(model, reader.seq_len, whose)
     models.check_own_tokenizer(path, reader.tokenizer_hash, whose, "evaluate on rows packed with its tokenizer")
-    size = reader.manifest["tokenizer"]["vocab_size"]
-    if models.logit_width(model) < size:
-        raise MismatchError(
-            f"vocabulary differs: the rows' tokenizer has {size} tokens, {whose} {path} makes "
-            f"{models.logit_width(model)} logits; evaluate on rows packed with its tokenizer"
-        )
+    size, way_out = reader.manifest["tokenizer"]["vocab_size"], "evaluate on rows packed with its tokenizer"
+    models.check_width(model, size, f"{whose} {path}", way_out)
     return model
 
 

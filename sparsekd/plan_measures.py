@@ -18,7 +18,7 @@ from torch import Tensor
 from sparsekd import models
 from sparsekd.codec import CODECS, COUNTS, WEIGHTS, codec_spec
 from sparsekd.drawing import read_head
-from sparsekd.errors import MismatchError, RecipeError
+from sparsekd.errors import RecipeError
 from sparsekd.flat import FlatTargets
 from sparsekd.folder import RowRecord, expected_row_bytes
 from sparsekd.packed import RowsReader
@@ -83,19 +83,13 @@ class Reading:
     def __init__(self, reader: RowsReader, teacher: str, student: str | None, dtype: str, device: str) -> None:
         self.reader, self.model = reader, models.open_model(teacher, dtype=dtype, device=device)
         models.check_context(self.model, reader.seq_len, "teacher")
-        self.head, self.width = read_head(self.model), models.logit_width(self.model)
-        size = reader.manifest["tokenizer"]["vocab_size"]
-        if self.width < size:
-            raise MismatchError(
-                f"vocabulary differs: the rows' tokenizer has {size} tokens, teacher {teacher} makes {self.width} "
-                "logits; pack the rows with the teacher's tokenizer"
-            )
+        size, way_out = reader.manifest["tokenizer"]["vocab_size"], "pack the rows with the teacher's tokenizer"
+        models.check_width(self.model, size, f"teacher {teacher}", way_out)
         self.student = None if student is None else models.open_model(student, dtype=dtype, device=device)
-        if self.student is not None and models.logit_width(self.student) != self.width:
-            raise MismatchError(
-                f"vocabulary differs: teacher {teacher} makes {self.width} logits, student {student} "
-                f"{models.logit_width(self.student)}; an angle needs one vocabulary"
-            )
+        if self.student is not None:
+            models.check_width(self.student, size, f"student {student}", "an angle needs one vocabulary")
+            models.cut_padding(self.model, self.student, size, "teacher and student")
+        self.head, self.width = read_head(self.model), models.logit_width(self.model)
         self.unigram_V = torch.zeros(self.width, dtype=torch.float64, device=self.model.device)
         self.seconds = 0.0
         self.positions = 0

@@ -206,24 +206,18 @@ def _prompts(reader: RowsReader, prompts: int, prompt_tokens: int | None) -> lis
 
 
 def _open_pair(teacher: str, student: str, reader: RowsReader, dtype: str, device: str | None) -> tuple[Any, Any]:
-    opened = []
+    size, way_out, opened = (
+        reader.manifest["tokenizer"]["vocab_size"],
+        "speculate on rows packed with its tokenizer",
+        [],
+    )
     for path, whose in ((teacher, "teacher"), (student, "student")):
         model = models.open_model(path, dtype=dtype, device=device)
         models.check_rebuilt(model)
-        models.check_own_tokenizer(path, reader.tokenizer_hash, whose, "speculate on rows packed with its tokenizer")
+        models.check_own_tokenizer(path, reader.tokenizer_hash, whose, way_out)
+        models.check_width(model, size, f"{whose} {path}", way_out)
         opened.append(model)
-    widths = [models.logit_width(model) for model in opened]
-    if widths[0] != widths[1]:
-        raise MismatchError(
-            f"vocabulary differs: the teacher makes {widths[0]} logits, the student {widths[1]}; a student drafts for "
-            "a teacher of its own vocabulary"
-        )
-    size = reader.manifest["tokenizer"]["vocab_size"]
-    if widths[0] < size:
-        raise MismatchError(
-            f"vocabulary differs: the rows' tokenizer has {size} tokens, the models make {widths[0]} logits; "
-            "speculate on rows packed with their tokenizer"
-        )
+    models.cut_padding(opened[0], opened[1], size, "teacher and student")
     return opened[0], opened[1]
 
 

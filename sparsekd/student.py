@@ -250,17 +250,22 @@ class RowBatch(Sequence[Any]):
         return list, (list(self),)
 
 
+# The share of a batch's weight that may be drawn for ids that are no tokens: a teacher hardly believes in its padding.
+_MOST_PADDING = 0.01
+
+
 class SparseKDCollator:
     """Rows -> a batch of `input_ids`, `labels` (-100 where unsupervised), and for cached rows `kd_ids`, `kd_weights`.
 
     The first token of a row follows nothing, so it is never a label: `num_items_in_batch` is then the same whether
     Trainer knows that the model shifts labels or not.
 
-    `with_targets=False` leaves the targets out (plain training on a cache's rows).
+    `with_targets=False` leaves the targets out (plain training on a cache's rows). `vocab_size`, the student's number
+    of logits, leaves out the draws of ids from it on, which the padding of a wider teacher's head had.
     """
 
-    def __init__(self, *, with_targets: bool = True) -> None:
-        self.with_targets = with_targets
+    def __init__(self, *, with_targets: bool = True, vocab_size: int | None = None) -> None:
+        self.with_targets, self.vocab_size = with_targets, vocab_size
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Tensor]:
         """Tensors [B, L], [B, L] and twice [B, L-1, K]; targets are padded with weight 0 to the batch's largest K."""
@@ -271,7 +276,7 @@ class SparseKDCollator:
         together = rows.padded(numbers) if isinstance(rows, CacheReader) and self.with_targets else None
         if together is None:
             return self.of_rows([rows[number] for number in numbers])
-        return _inputs(together.input_ids, together.supervised) | _targets(together.ids, together.weights)
+        return _inputs(together.input_ids, together.supervised) | self._targets(together.ids, together.weights)
 
     def of_rows(self, rows: Sequence[Any]) -> dict[str, Tensor]:
         """The batch of rows read one by one."""
@@ -284,7 +289,12 @@ class SparseKDCollator:
                 "these targets are sorted curves, which say nothing about ids: train with method=uld or alm, or "
                 "capture with a sampler"
             )
-        return batch | _targets(*pad_rows([row.flat for row in rows], supervised[:, 1:]))
+        return batch | self._targets(*pad_rows([row.flat for row in rows], supervised[:, 1:]))
+
+    def _targets(self, ids: NDArray[Any], weights: NDArray[Any]) -> dict[str, Tensor]:
+        if self.vocab_size is not None:
+            ids, weights = _without_padding(ids, weights, self.vocab_size)
+        return {"kd_ids": torch.from_numpy(ids), "kd_weights": torch.from_numpy(weights)}
 
 
 def _inputs(input_ids_BL: NDArray[Any], supervised_BL: NDArray[Any]) -> dict[str, Tensor]:
@@ -294,8 +304,15 @@ def _inputs(input_ids_BL: NDArray[Any], supervised_BL: NDArray[Any]) -> dict[str
     return {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
 
 
-def _targets(ids: NDArray[Any], weights: NDArray[Any]) -> dict[str, Tensor]:
-    return {"kd_ids": torch.from_numpy(ids), "kd_weights": torch.from_numpy(weights)}
+def _without_padding(ids: NDArray[Any], weights: NDArray[Any], vocab_size: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    beyond = ids >= vocab_size
+    lost, whole = weights[beyond].sum(), weights.sum()
+    if lost > _MOST_PADDING * whole:
+        raise MismatchError(
+            f"{lost / whole:.1%} of a batch's weight is on ids from {vocab_size} on, which the student lacks; take a "
+            "student of the same tokenizer"
+        )
+    return np.where(beyond, 0, ids), np.where(beyond, 0, weights)
 
 
 def student_trainer(**settings: Any) -> Any:

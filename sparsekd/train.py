@@ -183,6 +183,8 @@ def _run(out: Path, recipe: dict[str, Any], data: TrainingSet, progress: bool, c
         teacher, data = open_teacher(recipe["teacher"], data, dtype=recipe["dtype"] or "float32", device=place)
     heldout = (open_cross_heldout if cross else open_heldout)(recipe["eval_rows"], data)
     model = _open_student(recipe["student"], data, recipe["seed"], under_teacher=teacher is not None)
+    if teacher is not None:
+        models.cut_padding(teacher, model, data.tokenizer["vocab_size"], "teacher and student")
     tokenizer = open_tokenizer(
         tokenizer_of(recipe["tokenizer"], recipe["student"]) if cross else recipe["tokenizer"], data
     )
@@ -195,7 +197,7 @@ def _run(out: Path, recipe: dict[str, Any], data: TrainingSet, progress: bool, c
         args=_arguments(recipe, steps, progress),
         train_dataset=CacheDataset(data.rows, seed=recipe["seed"], multiple_of=rows_per_step),
         eval_dataset=None if heldout is None else CacheDataset(heldout, shuffle=False, limit=recipe["eval_limit"]),
-        data_collator=_collator(recipe["method"]),
+        data_collator=_collator(recipe["method"], data, models.logit_width(model)),
         callbacks=[clock := pace(evaluates=heldout is not None), *callbacks],
     )
     if not progress:
@@ -218,8 +220,10 @@ def _attach_loss(model: Any, recipe: dict[str, Any], data: TrainingSet, teacher:
         attach_cross_kd(model, recipe["method"], edges=data.rows.edges, **asked)
 
 
-def _collator(method: str) -> Any:
-    return CrossCollator() if method in CROSS_METHODS else SparseKDCollator(with_targets=method == "cached")
+def _collator(method: str, data: TrainingSet, width: int) -> Any:
+    if method in CROSS_METHODS:
+        return CrossCollator()
+    return SparseKDCollator(with_targets=method == "cached", vocab_size=width if width <= data.id_max else None)
 
 
 def _open_student(student: Any, data: TrainingSet, seed: int, *, under_teacher: bool) -> Any:

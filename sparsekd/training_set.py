@@ -146,22 +146,20 @@ def _from_rows(path: Path) -> TrainingSet:
 
 
 def check_student(model: Any, student: Any, data: TrainingSet, *, under_teacher: bool) -> None:
-    """Refuse a student that cannot read these rows, or (`under_teacher`) is not as wide as its online teacher.
+    """Refuse a student that cannot read these rows, or (`under_teacher`) is wider than its online teacher.
 
     Raises:
         MismatchError: context, vocabulary or tokenizer, with both values.
     """
     models.check_context(model, data.seq_len, "student")
-    width, size = models.logit_width(model), max(data.tokenizer["vocab_size"], data.id_max + 1)
-    if width < size:
+    width, tokens = models.logit_width(model), data.tokenizer["vocab_size"]
+    models.check_width(model, tokens, "the student", "take a student of the same tokenizer")
+    if width <= data.id_max:  # draws of ids that are no tokens: the collator leaves them out
+        models.shared_width((data.logit_width, width), tokens, "the cache's teacher and the student")
+    if under_teacher and width > data.logit_width:
         raise MismatchError(
-            f"vocabulary differs: the training set has ids up to {size - 1}, the student makes {width} logits; take "
-            "a student of the same tokenizer"
-        )
-    if under_teacher and width != data.logit_width:
-        raise MismatchError(
-            f"vocabulary differs: the teacher makes {data.logit_width} logits, the student {width}; take a student as "
-            "wide as its teacher"
+            f"vocabulary differs: the teacher makes {data.logit_width} logits, the student {width}; take a student no "
+            "wider than its teacher"
         )
     if isinstance(student, str) and student not in models.FAMILY:
         models.check_own_tokenizer(student, data.tokenizer["hash"], "student", "take a student of the same tokenizer")

@@ -165,6 +165,17 @@ def test_without_a_teacher_nothing_is_said_of_one(world, student, tmp_path):
     assert beside.keys() - alone.keys() == {"acceptance", "agreement", "teacher_kl"}
 
 
+def test_a_padded_teacher_is_judged_by_without_its_padding(world, student, tmp_path):
+    """Against a teacher whose head has 20 rows more, likely ones, everything is as against the teacher itself."""
+    teacher = models.open_model(world.teacher, device="cpu")
+    plain = judge(student, world.rows, teacher=world.teacher, out=tmp_path / "a")
+    teacher.resize_token_embeddings(320, mean_resizing=False)
+    with torch.no_grad():
+        teacher.get_output_embeddings().weight[300:] *= 100
+    teacher.save_pretrained(tmp_path / "padded")
+    assert judge(student, world.rows, teacher=str(tmp_path / "padded"), out=tmp_path / "b") == plain
+
+
 def test_one_row_has_no_standard_error(world, student, tmp_path):
     """The error over one row is unknown: null in evaluation.json, which is strict JSON and what was returned."""
     got = judge(student, world.rows, limit_rows=1, out=tmp_path / "deep" / "er")
@@ -203,14 +214,14 @@ def test_models_that_do_not_fit_are_refused(world, student, tmp_path):
     torch.manual_seed(0)
     shutil.copytree(student, tmp_path / "foreign")
     train_tokenizer(["Quick zebras jump over vexing walls. " * 50], 300).save_pretrained(tmp_path / "foreign")
-    for name, width, context in (("narrow", 200, SEQ_LEN), ("wide", 320, SEQ_LEN), ("short", 300, 16)):
+    for name, width, context in (("narrow", 200, SEQ_LEN), ("wide", 1400, SEQ_LEN), ("short", 300, 16)):
         shape = {"family": "tiny", "max_position_embeddings": context}
         models.new_student(shape, vocab_size=width, seq_len=context).save_pretrained(tmp_path / name)
     cases = [
         ("foreign", None, r"tokenizer differs: the rows were made with \w{12}, model .* comes with \w{12}"),
         ("narrow", None, "the rows' tokenizer has 300 tokens, model .* makes 200 logits"),
         ("short", None, "seq_len=32 is beyond the model's context of 16"),
-        ("wide", world.teacher, "the model makes 320 logits, the teacher 300"),
+        ("wide", world.teacher, "model and teacher make 1400 and 300 logits for 300 tokens"),
     ]
     for name, teacher, words in cases:
         with pytest.raises(MismatchError, match=words):

@@ -175,7 +175,10 @@ def test_a_student_of_ones_own(world, tmp_path):
     itself = plan(rows=world.rows, teacher=world.teacher, out=tmp_path / "q", **settings | {"student": world.teacher})
     assert all(o["angle"] > 89 for o in itself["options"] if o["unbiased"])
     models.new_student({"family": "tiny"}, vocab_size=200, seq_len=64).save_pretrained(tmp_path / "narrow")
-    with pytest.raises(MismatchError, match=r"makes 300 logits, student .* 200; an angle needs one vocabulary"):
+    with pytest.raises(
+        MismatchError,
+        match=r"the rows' tokenizer has 300 tokens, student .* makes 200 logits; an angle needs one vocabulary",
+    ):
         plan(
             rows=world.rows,
             teacher=world.teacher,

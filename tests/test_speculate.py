@@ -284,13 +284,17 @@ def test_settings_that_cannot_be_are_refused(world, drafter, settings, error, wo
         speculate(**usual | settings)
 
 
-def test_models_of_different_width_are_refused(world, drafter, tmp_path):
-    """A student with a padded vocabulary cannot draft for this teacher; both widths are named."""
-    model = models.open_model(drafter, device="cpu")
-    model.resize_token_embeddings(320, mean_resizing=False)
-    model.save_pretrained(tmp_path / "wide")
-    with pytest.raises(MismatchError, match="the teacher makes 300 logits, the student 320"):
-        speculate(teacher=world.teacher, student=str(tmp_path / "wide"), rows=world.rows, device="cpu")
+def test_padding_is_cut_and_another_width_refused(world, drafter, tmp_path):
+    """A head padded further drafts as without its padding; more rows than a padding has are named and refused."""
+    for width in (320, 1400):
+        model = models.open_model(drafter, device="cpu")
+        model.resize_token_embeddings(width, mean_resizing=False)
+        model.save_pretrained(tmp_path / str(width))
+    settings = {"teacher": world.teacher, "rows": world.rows, "device": "cpu", "prompts": 2, "new_tokens": 8}
+    plain, padded = (speculate(student=str(each), **settings) for each in (drafter, tmp_path / "320"))
+    assert padded["expected"] == plain["expected"]
+    with pytest.raises(MismatchError, match="teacher and student make 300 and 1400 logits for 300 tokens"):
+        speculate(student=str(tmp_path / "1400"), **settings)
 
 
 def test_rows_of_another_tokenizer_are_refused(world, drafter, tmp_path):

@@ -452,14 +452,14 @@ def test_students_that_do_not_fit(world, tmp_path):
             r"tokenizer differs: the rows were made with \w{12}, student .* \w{12}",
         ),
         ({"tokenizer": str(tmp_path / "tokenizer")}, "tokenizer differs: .* give the one that the rows were packed"),
-        ({"student": str(tmp_path / "narrow")}, "has ids up to 299, the student makes 200 logits"),
+        ({"student": str(tmp_path / "narrow")}, "the rows' tokenizer has 300 tokens, the student makes 200 logits"),
         ({"student": str(tmp_path / "short")}, "seq_len=32 is beyond the student's context of 16"),
     ]
     for settings, words in cases:
         with pytest.raises(MismatchError, match=words):
             run(world, tmp_path / "s", **settings)
     kd = {"method": "full_kd"}
-    with pytest.raises(MismatchError, match="the teacher makes 300 logits, the student 320"):
+    with pytest.raises(MismatchError, match="the teacher makes 300 logits, the student 320; take a student no wider"):
         run(world, tmp_path / "s", **kd, teacher=world.teacher, student=str(tmp_path / "wide"))
     with pytest.raises(MismatchError, match=r"tokenizer differs: .*, teacher .*foreign comes with"):
         run(world, tmp_path / "s", **kd, teacher=str(tmp_path / "foreign"))
@@ -470,6 +470,38 @@ def test_students_that_do_not_fit(world, tmp_path):
     # Plain rows know their tokenizer only: a teacher padded beyond it makes a student as wide.
     run(world, tmp_path / "s", **kd, teacher=str(tmp_path / "wide"), rows=world.rows, max_steps=1)
     assert models.logit_width(models.open_model(str(tmp_path / "s"), device="cpu")) == 320
+
+
+def test_a_teacher_padded_further_than_its_student(world, tmp_path):
+    """The padding of the teacher's head is left out, cached or online; a student that lacks real mass is refused."""
+    from sparsekd.capture import capture
+
+    torch.manual_seed(0)
+    models.new_student(STUDENT, vocab_size=300, seq_len=SEQ_LEN).save_pretrained(tmp_path / "student")
+    frequent = int(np.bincount(RowsReader(world.rows)[0].input_ids).argmax())
+    for width, likeness in ((301, 0), (320, 1)):
+        teacher = models.open_model(world.teacher, device="cpu")
+        teacher.resize_token_embeddings(width, mean_resizing=False)
+        with torch.no_grad():
+            head_VH = teacher.get_output_embeddings().weight
+            head_VH[300:] = likeness * head_VH[frequent]
+        teacher.save_pretrained(tmp_path / str(width))
+        capture(rows=world.rows, teacher=str(tmp_path / str(width)), out=tmp_path / f"c{width}", device="cpu")
+    settings = {"student": str(tmp_path / "student"), "max_steps": 2}
+    teachers = {"plain": world.teacher, "padded": str(tmp_path / "320")}
+    for name, teacher in teachers.items():
+        run(world, tmp_path / name, method="full_kd", rows=world.rows, teacher=teacher, **settings)
+    assert_same_weights(tmp_path / "plain", tmp_path / "padded")
+    assert skd.CacheReader(tmp_path / "c301").stats["id_max"] == 300
+    run(world, tmp_path / "s", cache=str(tmp_path / "c301"), **settings)
+    with pytest.raises(MismatchError, match=r"% of a batch's weight is on ids from 300 on, which the student lacks"):
+        run(world, tmp_path / "t", cache=str(tmp_path / "c320"), **settings)
+    rows = skd.CacheDataset(skd.CacheReader(tmp_path / "c301"), shuffle=False).__getitems__(range(8))
+    whole, cut = skd.SparseKDCollator()(rows), skd.SparseKDCollator(vocab_size=300)(rows)
+    there = whole["kd_ids"] < 300
+    assert not there.all()
+    assert torch.equal(cut["kd_weights"], whole["kd_weights"] * there)
+    assert torch.equal(cut["kd_ids"], whole["kd_ids"] * there)
 
 
 def test_evaluation_rows_that_do_not_fit(world, tmp_path):
