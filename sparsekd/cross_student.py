@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsekd.alm import alm
-from sparsekd.models import inner_model, replace_forward
+from sparsekd.models import inner_model, replace_forward, router_loss
 from sparsekd.overlay import Overlaid, OverlaidRow
 from sparsekd.prompted import PromptedRow
 from sparsekd.sketch import SortedCurve
@@ -115,7 +115,7 @@ def attach_cross_kd(
             log_p=teacher["teacher_log_p"],
             num_items_in_batch=num_items_in_batch,
         )
-        return type(output)(loss=CROSS_METHODS[method](both, weight, align))
+        return type(output)(loss=CROSS_METHODS[method](both, weight, align) + router_loss(self, output))
 
     replace_forward(model, forward, targets=_TEACHER)
     return model

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 import types
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -298,6 +299,25 @@ def head_of(model: Any) -> Head:
         scale=_logit_scale(config),
         softcap=getattr(config, "final_logit_softcapping", None),
     )
+
+
+def router_loss(model: Any, output: Any) -> Tensor | float:
+    """λ · the load-balancing loss that a mixture of experts adds to its own loss where its config asks for it
+    (`output_router_logits`); else 0. `output` is the body's, or the model's.
+
+    Raises:
+        ModelError: a family without the loss that its config asks for.
+    """
+    inner = inner_model(model)
+    if not getattr(inner.config.get_text_config(), "output_router_logits", False):
+        return 0.0
+    balance = getattr(sys.modules[type(inner).__module__], "load_balancing_loss_func", None)
+    if balance is None:
+        raise ModelError(
+            f"{type(inner).__name__} has no load-balancing loss that a loss from a cache could add; set "
+            "output_router_logits=False in its config to train without one"
+        )
+    return inner.router_aux_loss_coef * balance(output.router_logits, inner.num_experts, inner.num_experts_per_tok)
 
 
 def _logit_scale(config: Any) -> float:

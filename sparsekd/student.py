@@ -22,7 +22,7 @@ from sparsekd.divergences import check_divergence, check_sparse_divergence, full
 from sparsekd.errors import MismatchError, ModelError
 from sparsekd.fused import fused_linear_sparse_kl
 from sparsekd.losses import LossOptions, full_kl
-from sparsekd.models import body_of, check_rebuilt, head_of, inner_model, replace_forward
+from sparsekd.models import body_of, check_rebuilt, head_of, inner_model, replace_forward, router_loss
 from sparsekd.order import permute, permute_near
 from sparsekd.padded import pad_rows
 from sparsekd.prefix_sets import PrefixSets
@@ -84,16 +84,16 @@ def attach_sparse_kd(
             return own_forward(input_ids=input_ids, labels=labels, **kwargs)
         nonlocal sets
         assert kd_weights is not None
-        hidden = body_of(self)(input_ids=input_ids, **({"use_cache": False} | kwargs)).last_hidden_state
+        output = body_of(self)(input_ids=input_ids, **({"use_cache": False} | kwargs))
+        hidden, balance = output.last_hidden_state, router_loss(self, output)
         sets = None if sets is None else sets.to(hidden.device)  # and there they stay
         _check_positions(kd_ids, hidden)
         head, targets = head_of(self), SparseTargets(ids=kd_ids, weights=kd_weights)
         next_ids = None if labels is None else labels[:, 1:]
         if divergence != "forward_kl":
             logits = head.logits(hidden[:, :-1])
-            return _output(
-                sparse_divergence(logits, targets, divergence, labels=next_ids, num_items_in_batch=num_items_in_batch)
-            )
+            mix = partial(sparse_divergence, logits, targets, divergence)
+            return _output(mix(labels=next_ids, num_items_in_batch=num_items_in_batch) + balance)
         assert head.weight_VH is not None
         loss = fused_linear_sparse_kl(
             hidden[:, :-1],
@@ -110,7 +110,7 @@ def attach_sparse_kd(
             chunk_rows=chunk_rows,
             sets=sets,
         )
-        return _output(loss)
+        return _output(loss + balance)
 
     replace_forward(model, forward, targets=("kd_ids", "kd_weights"))
     return model
@@ -146,14 +146,12 @@ def attach_full_kd(model: Any, teacher: Any, *, ce_weight: float = 0.0, divergen
             return own_forward(input_ids=input_ids, labels=labels, **kwargs)
         with torch.no_grad():
             teacher_logits = held[0](input_ids=input_ids, use_cache=False).logits[:, :-1]
-        logits = own_forward(input_ids=input_ids, **kwargs).logits[:, :-1]
+        output = own_forward(input_ids=input_ids, **kwargs)
+        logits, balance = output.logits[:, :-1], router_loss(self, output)
         if divergence != "forward_kl":
             next_ids = labels[:, 1:]
-            return _output(
-                full_divergence(
-                    logits, teacher_logits, divergence, labels=next_ids, num_items_in_batch=num_items_in_batch
-                )
-            )
+            mix = partial(full_divergence, logits, teacher_logits, divergence)
+            return _output(mix(labels=next_ids, num_items_in_batch=num_items_in_batch) + balance)
         loss = full_kl(
             logits,
             teacher_logits,
@@ -161,7 +159,7 @@ def attach_full_kd(model: Any, teacher: Any, *, ce_weight: float = 0.0, divergen
             ce_weight=ce_weight,
             num_items_in_batch=num_items_in_batch,
         )
-        return _output(loss)
+        return _output(loss + balance)
 
     replace_forward(model, forward)
     return model

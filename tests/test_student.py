@@ -201,6 +201,31 @@ def test_peft():
         skd.attach_sparse_kd(peft.get_peft_model(tiny(), config))
 
 
+def test_experts_stay_balanced():
+    """A mixture of experts whose config asks for its load-balancing loss gets it: with the text alone, its own loss."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    shape = {
+        "vocab_size": V,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_local_experts": 4,
+    }
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": L}
+    losses, inputs = {}, batch()
+    for asked in (True, False):
+        torch.manual_seed(0)
+        model = MixtralForCausalLM(
+            MixtralConfig(**shape, **heads, output_router_logits=asked, router_aux_loss_coef=0.5)
+        )
+        own = model(input_ids=inputs["input_ids"], labels=inputs["labels"]).loss
+        skd.attach_sparse_kd(model, ce_weight=1.0)
+        losses[asked] = model(**inputs).loss
+        torch.testing.assert_close(losses[asked], own)
+    assert losses[True] > losses[False] + 0.1
+
+
 def other_forward(model):
     """What Liger's kernels and TRL's trainers do to a model when training begins."""
 
