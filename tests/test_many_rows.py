@@ -16,7 +16,7 @@ from test_compiled import guarded
 
 import sparsekd as skd
 from sparsekd import compiled
-from sparsekd.cache import CacheReader
+from sparsekd.cache import CacheReader, verify
 from sparsekd.codec import codec_spec, decode_row, decode_rows, encode_row
 from sparsekd.codec_ints import FIRST, decode_ints, encode_ints
 from sparsekd.errors import FormatError
@@ -271,21 +271,35 @@ def test_a_batch_made_ahead_is_the_batch(tmp_path, codec):
             assert list(batch) == list(expected)
 
 
-def damaged_cache(path, row, change):
-    """A cache whose first shard has another block for a row, under a checksum that is right."""
+def rewritten(path, row, counted=0, **changed):
+    """A cache whose first shard has another block or hash for a row, or other statistics, under checksums that are
+    right."""
     write(path, [0, 1])
     (file,) = path.glob("*00000*")
     with ShardReader(file) as shard, CacheReader(path) as reader:
         rows, header = [shard.read_row(i) for i in range(len(shard))], shard.header
         ranked = shard_ranks([record(i) for i in range(len(rows))], reader.spec)
-    rows[row] = replace(rows[row], block=change(rows[row].block))
+    rows[row] = replace(rows[row], **{name: change(getattr(rows[row], name)) for name, change in changed.items()})
+    header["stats"]["next_token_hits"] += counted
     write_shard(file, header, rows, ranked.table)
+    return path
+
+
+def flipped(path, row):
+    """A cache with a bit of a row's block flipped."""
+    write(path, [0, 1])
+    (file,) = path.glob("*00000*")
+    with ShardReader(file) as shard:
+        block = shard.read_row(row).block
+    data = file.read_bytes()
+    at = data.index(block)
+    file.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
     return path
 
 
 def test_a_hostile_row_of_a_batch_is_named(tmp_path):
     """Its number and the row's own words, as when it is read alone."""
-    path = damaged_cache(tmp_path / "c", 2, lambda block: block + b"\0")
+    path = rewritten(tmp_path / "c", 2, block=lambda block: block + b"\0")
     with CacheReader(path) as reader:
         assert reader.padded([0, 1, 3]) is not None
         assert reader.padded([0, 2, 3]) is None
@@ -297,15 +311,24 @@ def test_a_hostile_row_of_a_batch_is_named(tmp_path):
 
 def test_a_row_with_a_wrong_checksum_is_named(tmp_path):
     """Found before anything is decoded."""
-    path = write(tmp_path / "c", [0, 1])
-    (file,) = path.glob("*00000*")
-    with ShardReader(file) as shard:
-        block = shard.read_row(1).block
-    data = file.read_bytes()
-    at = data.index(block)
-    file.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
-    with CacheReader(path) as reader, pytest.raises(FormatError, match="row 1 has crc32c"):
+    with CacheReader(flipped(tmp_path / "c", 1)) as reader, pytest.raises(FormatError, match="row 1 has crc32c"):
         reader.padded([0, 1])
+
+
+def test_verify_finds_the_same_together_and_one_by_one(tmp_path, monkeypatch):
+    """A hostile block, a foreign hash, a flipped bit, other statistics, and nothing: the same sentences either way."""
+    caches = {
+        "its integers take": rewritten(tmp_path / "block", 2, block=lambda block: block + b"\0"),
+        "recorded hash": rewritten(tmp_path / "hash", 1, input_hash=lambda number: number ^ 1),
+        "row 1 has crc32c": flipped(tmp_path / "bit", 1),
+        "the statistics in its header": rewritten(tmp_path / "stats", 0, counted=1),
+        "": write(tmp_path / "sound", [0, 1]),
+    }
+    together = {said: verify(path).problems for said, path in caches.items()}
+    monkeypatch.setattr("sparsekd.folder.quick_rows", lambda spec: None)
+    assert together == {said: verify(path).problems for said, path in caches.items()}
+    assert together.pop("") == []
+    assert all(said in " ".join(problems) for said, problems in together.items())
 
 
 def test_threads_share_a_reader_and_not_its_memory(tmp_path):
