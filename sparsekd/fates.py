@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .joints import APART, JOINED, meet
+from .open_kernel import Kernel
 from .open_sets import OpenSets, open_sets
 from .retokenise import Context, Contexts, Pair, cut_ids
 from .vocab_bytes import NEVER, with_prefix
@@ -103,6 +104,7 @@ class Answers:
         begins: [V] the first byte of each of the teacher's tokens, _CONTROL for control tokens.
         meets: [_EDGES, _BEGINS] how a text that ends so and a draw that begins so meet.
         sets: what open draws stand for.
+        kernel: what they became in some rows, where that is asked for.
     """
 
     pair: Pair
@@ -113,6 +115,7 @@ class Answers:
     begins: Array = field(init=False)
     meets: Array = field(init=False)
     sets: OpenSets = field(init=False)
+    kernel: Kernel | None = None
 
     def __post_init__(self) -> None:
         pieces = [*self.pair.teacher.of_id, *[None] * (len(self.pair.control) - len(self.pair.teacher.of_id))]

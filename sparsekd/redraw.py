@@ -6,6 +6,8 @@ is OPEN stands for several of the student's tokens, and only the text that came 
 
 point, drop     The draw becomes the token as it stands, or nothing. A realised one first goes on into the next
                 position's draws, weights multiplied. Both are biased: towards short tokens, or away from open draws.
+kernel          As point, but the draw is spread over the tokens of its set, by what such sets became elsewhere in the
+                rows (see `open_kernel`). Biased as far as that depends on more than the set.
 set             With w the draws, p(w) their probability, C_w the student's tokens that an open w may become (see
                 `open_sets`; a decided one is its token) and r(v | w) the student's after w, the cross-entropy splits:
 
@@ -33,6 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .fates import OPEN, REJECTED, SHORT, Answers, answer, read_after
+from .open_kernel import spread
 from .open_sets import OpenSets
 from .retokenise import Context
 
@@ -68,11 +71,13 @@ class Places:
         source: [P] the teacher token whose draws speak about each, or -1.
         context: [P] what its draws are read after, a number of `Answers.contexts`.
         labels: [P] the student's token that is there, or -1 where the text does not tell its end (a row's last one).
+        chance: [P] a number in [0, 1) of each, uniform over positions: what `kernel` samples large sets by; else None.
     """
 
     source: Array
     context: Array
     labels: Array
+    chance: Array | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,8 +98,28 @@ class Rewritten:
 
 
 def rewrite(draws: Draws, places: Places, answers: Answers, *, chain: int, unresolved: str = "point") -> Rewritten:
-    """The draws for some places in the student's vocabulary; `chain` and `unresolved` as at the head of this file."""
+    """The draws for some places in the student's vocabulary; `chain` and `unresolved` as at the head of this file.
+
+    "kernel" takes `answers.kernel` and `places.chance`.
+    """
     return UNRESOLVED[unresolved](draws, places, answers, chain)
+
+
+def became(draws: Draws, places: Places, answers: Answers, chain: int) -> tuple[Array, Array]:
+    """(sets [any], the token that each became [any]): of realised draws that are open, followed up to `chain` times."""
+    layer, sets, tokens = _first_layer(places), [], []
+    for _ in range(chain + 1):
+        realised, labels = draws.realised[layer.where], places.labels[layer.position]
+        fates, ends_in = answer(answers, layer.context, realised)
+        found = answers.sets.of(realised, ends_in)
+        inside = (fates == OPEN) & answers.sets.holds(found, labels) & (labels >= 0)
+        sets.append(found[inside])
+        tokens.append(labels[inside])
+        goes_on = inside & (draws.following[layer.where] >= 0)
+        if not goes_on.any():
+            break
+        layer = _next_layer(draws, layer, goes_on, answers)
+    return np.concatenate(sets), np.concatenate(tokens)
 
 
 class Layer(NamedTuple):
@@ -157,19 +182,18 @@ def _add_lost(masses: dict[str, Array], position: Array, fates: Array, weight: A
 
 
 class Entries(NamedTuple):
-    """Weighted student tokens [M] of positions, and whether more text might have made a longer token of each."""
+    """Weighted ids [M] of positions: the student's tokens, then sets and given sets (see `prefix_sets`)."""
 
     position: Array
     token: Array
     weight: Array
-    still_open: Array
 
 
-# --- one token for a draw: point, drop --------------------------------------------------------------------
+# --- tokens for a draw: point, drop, kernel ---------------------------------------------------------------
 
 
 def _as_tokens(
-    treat: Callable[[Entries], Entries], draws: Draws, places: Places, answers: Answers, chain: int
+    treat: Callable[[Entries, Places, Answers], Entries], draws: Draws, places: Places, answers: Answers, chain: int
 ) -> Rewritten:
     """A realised draw that is open goes on, up to `chain` times; what is open at the end is treated by `treat`."""
     count = len(places.source)
@@ -183,13 +207,21 @@ def _as_tokens(
         goes_on &= _has_draws(draws, draws.following[layer.where[seen.item]])
         _add_lost(masses, position, seen.fates, weight)
         stays = (seen.fates >= OPEN) & ~goes_on
-        kept.append(Entries(position[stays], seen.tokens[stays], weight[stays], seen.fates[stays] == OPEN))
+        kept.append(Entries(position[stays], _ids(seen, answers.sets)[stays], weight[stays]))
         if not goes_on.any():
             break
         layer = _next_layer(draws, layer, seen.item[goes_on], answers)
         factor = weight[goes_on] / _sums(draws, layer.where)
     found = _together(kept)
-    return _joined(found, treat(found), masses)
+    masses["open"] = np.bincount(found.position, found.weight * _is_set(found, answers), count)
+    return _joined(found, treat(found, places, answers), masses)
+
+
+def _ids(seen: Seen, sets: OpenSets) -> Array:
+    """[M] the token that each draw is, or the set of an open one."""
+    found = sets.of(seen.ids, seen.tokens) + sets.table.vocab_size
+    ids: Array = np.where(seen.fates == OPEN, found, seen.tokens)
+    return ids
 
 
 def _has_draws(draws: Draws, tokens: Array) -> Array:
@@ -204,7 +236,6 @@ def _sums(draws: Draws, where: Array) -> Array:
 def _joined(entries: Entries, treated: Entries, masses: dict[str, Array]) -> Rewritten:
     """Entries of one position and token added up, and every position brought back to the sum it had."""
     count = len(masses["open"])
-    masses["open"] = np.bincount(entries.position, entries.weight * entries.still_open, count)
     treated = _added_up(treated)
     masses["accepted"] = np.bincount(treated.position, treated.weight, count)
     masses["dropped"] = (np.bincount(entries.position, entries.weight, count) - masses["accepted"]).clip(0)
@@ -222,17 +253,33 @@ def _added_up(entries: Entries) -> Entries:
     keys = keys[order]
     firsts = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]]) if len(keys) else np.zeros(0, np.int64)
     sums = np.add.reduceat(sorted_.weight, firsts) if len(firsts) else sorted_.weight
-    return Entries(sorted_.position[firsts], sorted_.token[firsts], sums, sorted_.still_open[firsts])
+    return Entries(sorted_.position[firsts], sorted_.token[firsts], sums)
 
 
-def _as_points(entries: Entries) -> Entries:
-    """The token as it stands: biased towards short tokens."""
-    return entries
+def _is_set(entries: Entries, answers: Answers) -> Array:
+    found: Array = entries.token >= answers.sets.table.vocab_size
+    return found
 
 
-def _dropped(entries: Entries) -> Entries:
+def _as_points(entries: Entries, places: Places, answers: Answers) -> Entries:
+    """The token as it stands, which has two sets: biased towards short tokens."""
+    return entries._replace(token=entries.token % answers.sets.table.vocab_size)
+
+
+def _dropped(entries: Entries, places: Places, answers: Answers) -> Entries:
     """Left out; what is left of the position takes its weight."""
-    return Entries(*(part[~entries.still_open] for part in entries))
+    return Entries(*(part[~_is_set(entries, answers)] for part in entries))
+
+
+def _spread(entries: Entries, places: Places, answers: Answers) -> Entries:
+    """Each set as tokens of it."""
+    if answers.kernel is None or places.chance is None:
+        raise ValueError("unresolved='kernel' needs answers with a kernel (see open_kernel) and places with chance")
+    position, sets, weight = (part[_is_set(entries, answers)] for part in entries)
+    which, tokens, weight = spread(
+        answers.kernel, sets - answers.sets.table.vocab_size, weight, places.chance[position]
+    )
+    return _together([_dropped(entries, places, answers), Entries(position[which], tokens, weight)])
 
 
 # --- sets, and what lies inside the realised one ----------------------------------------------------------
@@ -259,15 +306,15 @@ def _as_sets(draws: Draws, places: Places, answers: Answers, chain: int) -> Rewr
             _count_masses(masses, layer.position, seen, realised, spoken)
         told = fine & spoken[seen.item]
         weight = seen.weight * (total / np.where(spoken, accepted, 1))[seen.item]
-        kept.append(_closed(layer.position[seen.item][told], token[told], weight[told]))
+        kept.append(Entries(layer.position[seen.item][told], token[told], weight[told]))
         silent = ~spoken & (labels >= 0)
-        kept.append(_closed(layer.position[silent], labels[silent], total[silent]))
+        kept.append(Entries(layer.position[silent], labels[silent], total[silent]))
         kept.append(_given(layer.position, known, sets))
         goes_on = spoken & agrees & (fates == OPEN)
         layer, known = _next_layer(draws, layer, goes_on, answers), sets.of(realised, tokens)[goes_on]
         if not len(known):
             break
-    kept.append(_closed(layer.position, places.labels[layer.position], np.ones(len(known))))
+    kept.append(Entries(layer.position, places.labels[layer.position], np.ones(len(known))))
     kept.append(_given(layer.position, known, sets))
     return _netted(kept, masses, sets)
 
@@ -296,14 +343,10 @@ def _count_masses(masses: dict[str, Array], position: Array, seen: Seen, realise
     masses["label"] = np.bincount(where, seen.weight * ~spoken[seen.item], count)
 
 
-def _closed(position: Array, token: Array, weight: Array) -> Entries:
-    return Entries(position, token, weight, np.zeros(len(token), bool))
-
-
 def _given(position: Array, known: Array, sets: OpenSets) -> Entries:
     """-1 on sets that are known: what is learnt beside it is conditional on them."""
     some = known >= 0
-    return _closed(position[some], known[some] + sets.table.vocab_size, np.full(int(some.sum()), -1.0))
+    return Entries(position[some], known[some] + sets.table.vocab_size, np.full(int(some.sum()), -1.0))
 
 
 def _together(kept: list[Entries]) -> Entries:
@@ -323,6 +366,7 @@ def _netted(kept: list[Entries], masses: dict[str, Array], sets: OpenSets) -> Re
 
 UNRESOLVED: dict[str, Callable[[Draws, Places, Answers, int], Rewritten]] = {
     "set": _as_sets,
+    "kernel": partial(_as_tokens, _spread),
     "point": partial(_as_tokens, _as_points),
     "drop": partial(_as_tokens, _dropped),
 }

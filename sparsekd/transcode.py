@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cache as remember
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from sparsekd.fates import Answers
 from sparsekd.files import canonical_json, is_url
 from sparsekd.making import parse_shard_range
 from sparsekd.manifest import shard_name
+from sparsekd.open_kernel import Counts, added, kernel_of
 from sparsekd.order import permute
 from sparsekd.redraw import UNRESOLVED
 from sparsekd.retokenise import pair_of, retokenise
@@ -33,6 +33,7 @@ from sparsekd.set_table import SetTable, write_table
 from sparsekd.transcoding import (
     CHUNK_TOKENS,
     Settings,
+    count_sets,
     renumbered,
     sizes_of,
     sum_counts,
@@ -41,19 +42,22 @@ from sparsekd.transcoding import (
 
 # Positions that a realised draw is followed, by `unresolved`. Inside sets the text's own tokens are the default: a
 # teacher that knows its text less well than the student's tokenizer does underrates the joints (docs/LOG.md).
-CHAIN = {"point": 3, "drop": 3, "set": 0}
+CHAIN = {"kernel": 3, "point": 3, "drop": 3, "set": 0}
 # Rows that seq_len is chosen from, and that the survey counts.
 SURVEY_ROWS = 256
+# The teacher's tokens that a kernel is counted on at most, in rows spread over the cache.
+KERNEL_TOKENS = 2**23
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """A cache, two tokenizers and how one becomes the other; each process opens its own."""
+    """A cache, two tokenizers and how one becomes the other; each process opens its own, with the same counts."""
 
     reader: CacheReader
     answers: Answers
     settings: Settings
     spec: CacheSpec
+    counts: Counts | None
 
 
 def transcode(
@@ -81,8 +85,9 @@ def transcode(
         out: the folder that takes the new cache.
         unresolved: what becomes of a draw that more text might make a longer token: set (all tokens that it may become;
             which of them it is, the text tells where the draw came true: see `redraw`. `train` then takes the loss of
-            prefix_sets), point (the token as it stands: biased) or drop (left out, the position's other draws take its
-            weight: biased).
+            prefix_sets), kernel (spread over these tokens, by what such draws became elsewhere in the cache's rows, see
+            `open_kernel`: biased as far as that depends on the context), point (the token as it stands: biased) or drop
+            (left out, the position's other draws take its weight: biased).
         chain: how many positions a realised draw is followed to resolve it; default: 3, with sets 0: what is inside the
             realised draw's set is then told by the text's own token, else by the teacher's next draws.
         seq_len: tokens of a new row; default: the longest of some rows, so that next to nothing is cut.
@@ -108,9 +113,9 @@ def transcode(
     if out is None and not dry_run:
         raise RecipeError("transcode needs out=FOLDER, or dry_run=true to see what it would cost")
     words = (str(cache), tokenizer, unresolved, chain, seq_len)
-    _opened.cache_clear()  # folders may have changed since the last call
+    _jobs.clear()  # folders may have changed since the last call
     _writer.cache_clear()
-    job = _opened(words)
+    job = _jobs[words] = open_job(*words, kernel_rows=SURVEY_ROWS if dry_run else None)
     result: dict[str, Any] = {"survey": survey(job)}
     if dry_run or out is None:
         return result
@@ -119,7 +124,7 @@ def transcode(
     if "sets" in job.spec.data["transcoded"]:
         write_table(job.answers.sets.table, out)
     todo = writer.missing(parse_shard_range(shard_range, job.spec.shards))
-    for done, _ in enumerate(_made(words, str(out), todo, workers), 1):
+    for done, _ in enumerate(_made(words, job.counts, str(out), todo, workers), 1):
         if progress:
             progress(done, len(todo))
     if all((Path(out) / shard_name(shard)).exists() for shard in range(job.spec.shards)):
@@ -127,12 +132,13 @@ def transcode(
     return result
 
 
-def _made(words: tuple[Any, ...], out: str, todo: list[int], workers: int) -> Iterator[int]:
+def _made(words: tuple[Any, ...], counts: Counts | None, out: str, todo: list[int], workers: int) -> Iterator[int]:
     """Make the shards, one or several at a time; their numbers as they are done."""
     if workers == 1 or len(todo) < 2:
         yield from (make_shard(words, out, shard) for shard in todo)
         return
-    with ProcessPoolExecutor(min(workers, len(todo)), multiprocessing.get_context("spawn")) as pool:
+    spawn, workers = multiprocessing.get_context("spawn"), min(workers, len(todo))
+    with ProcessPoolExecutor(workers, spawn, initializer=_open, initargs=(words, counts)) as pool:
         futures = [pool.submit(make_shard, words, out, shard) for shard in todo]
         try:
             yield from (future.result() for future in as_completed(futures))
@@ -143,27 +149,41 @@ def _made(words: tuple[Any, ...], out: str, todo: list[int], workers: int) -> It
 
 def make_shard(words: tuple[Any, ...], out: str, shard: int) -> int:
     """One shard of the job that the words describe, and its number."""
-    job = _opened(words)
+    job = _jobs[words]
     writer = _writer(words, out)
     writer.write(shard, [record for part, _ in transcoded(job, job.spec.shard_range(shard)) for record in part])
     return shard
 
 
-@lru_cache(1)
-def _opened(words: tuple[Any, ...]) -> Job:
-    return open_job(*words)
+_jobs: dict[tuple[Any, ...], Job] = {}
+
+
+def _open(words: tuple[Any, ...], counts: Counts | None) -> None:
+    _jobs[words] = open_job(*words, counts=counts)
 
 
 @remember
 def _writer(words: tuple[Any, ...], out: str) -> CacheWriter:
-    return CacheWriter(out, _opened(words).spec)
+    return CacheWriter(out, _jobs[words].spec)
 
 
 # --- the job --------------------------------------------------------------------------------------------
 
 
-def open_job(cache: str, tokenizer: str, unresolved: str, chain: int, seq_len: int | None) -> Job:
-    """The cache, both tokenizers, and the identity of the cache that will come of them."""
+def open_job(
+    cache: str,
+    tokenizer: str,
+    unresolved: str,
+    chain: int,
+    seq_len: int | None,
+    *,
+    counts: Counts | None = None,
+    kernel_rows: int | None = None,
+) -> Job:
+    """The cache, both tokenizers, and the identity of the cache that will come of them.
+
+    For `unresolved="kernel"`, `counts` are those of the cache's rows (`count_rows`), taken here if they are not given.
+    """
     reader, student = CacheReader(cache), vocab.load_tokenizer(tokenizer)
     if CODECS[reader.spec.codec["name"]].holds == CURVES:
         raise MismatchError(
@@ -180,8 +200,22 @@ def open_job(cache: str, tokenizer: str, unresolved: str, chain: int, seq_len: i
     size = reader.spec.seq_len if pair.same is not None else seq_len or _seq_len(reader, answers)
     settings = Settings(seq_len=size, unresolved=unresolved, chain=chain)
     has_sets = unresolved == "set" and pair.same is None
-    spec = _spec(reader.spec, student, settings, answers.sets.table if has_sets else None, pair.same is not None)
-    return Job(reader=reader, answers=answers, settings=settings, spec=spec)
+    if unresolved == "kernel" and pair.same is None:
+        counts = counts or count_rows(reader, answers, chain, kernel_rows)
+        answers.kernel = kernel_of(counts, answers.sets.table)
+    spec = _spec(
+        reader.spec, student, settings, answers.sets.table if has_sets else None, counts, pair.same is not None
+    )
+    return Job(reader=reader, answers=answers, settings=settings, spec=spec, counts=counts)
+
+
+def count_rows(reader: CacheReader, answers: Answers, chain: int, limit: int | None = None) -> Counts:
+    """What open draws that came became in the cache's rows, or in `KERNEL_TOKENS` of them; equal in any process."""
+    most = min(len(reader), limit or max(1, KERNEL_TOKENS // reader.spec.seq_len))
+    rows, parts = _some_rows(reader, most), Counts(*np.zeros((2, 0), np.int64))
+    for part in _chunks(rows, reader):
+        parts = added([parts, count_sets([reader.record(row) for row in part], answers, chain)])
+    return parts
 
 
 def _own_tokenizer(cache: str, reader: CacheReader) -> Any:
@@ -209,11 +243,27 @@ def _seq_len(reader: CacheReader, answers: Answers) -> int:
 
 
 def _survey_rows(reader: CacheReader) -> list[int]:
-    count = len(reader)
-    return sorted(permute(np.arange(min(SURVEY_ROWS, count)), count, seed=0).tolist())
+    return _some_rows(reader, min(SURVEY_ROWS, len(reader)))
 
 
-def _spec(spec: CacheSpec, student: Any, settings: Settings, sets: SetTable | None, renumbers: bool) -> CacheSpec:
+def _some_rows(reader: CacheReader, count: int) -> list[int]:
+    return sorted(permute(np.arange(count), len(reader), seed=0).tolist())
+
+
+def _chunks(rows: range | list[int], reader: CacheReader) -> Iterator[range | list[int]]:
+    """Rows that are held in memory together."""
+    size = max(1, CHUNK_TOKENS // reader.spec.seq_len)
+    return (rows[first : first + size] for first in range(0, len(rows), size))
+
+
+def _spec(
+    spec: CacheSpec,
+    student: Any,
+    settings: Settings,
+    sets: SetTable | None,
+    counts: Counts | None,
+    renumbers: bool,
+) -> CacheSpec:
     """The new cache's identity: its rows are no longer those that were packed, and it says what was done to them."""
     bos, eos = vocab.document_ends(student)
     size = vocab.vocab_size(student)
@@ -223,6 +273,7 @@ def _spec(spec: CacheSpec, student: Any, settings: Settings, sets: SetTable | No
         made |= {"unresolved": settings.unresolved, "chain": settings.chain}
     width = size if sets is None else sets.width()
     made |= {} if sets is None else {"sets": sets.described()}
+    made |= {} if counts is None else {"kernel": counts.sha256()}
     rows = [spec.data.get("fingerprint"), spec.rows, spec.seq_len, described["hash"], settings.seq_len]
     return CacheSpec(
         rows=spec.rows,
@@ -240,9 +291,7 @@ def _spec(spec: CacheSpec, student: Any, settings: Settings, sets: SetTable | No
 
 def transcoded(job: Job, rows: range | list[int]) -> Iterator[tuple[list[RowRecord], dict[str, float]]]:
     """The rows in chunks, in the student's vocabulary, with what was counted."""
-    size = max(1, CHUNK_TOKENS // job.reader.spec.seq_len)
-    for first in range(0, len(rows), size):
-        part = rows[first : first + size]
+    for part in _chunks(rows, job.reader):
         records = [job.reader.record(row) for row in part]
         if (same := job.answers.pair.same) is not None:
             yield [renumbered(record, same) for record in records], {}
@@ -258,7 +307,8 @@ def survey(job: Job) -> dict[str, Any]:
     there is any; open: what is decided by `unresolved`; label: at positions that learn the text's token instead, which
     no draw leads to. noise: variance of a target over that of the same number of
     draws that nothing is rejected of. cut: tokens beyond seq_len. lost: tokens of text that does not come back.
-    padding: of the rows. bytes_per_token, tokens_per_teacher_token, and what the cache had: from_bytes_per_token.
+    padding: of the rows. ids_per_position: where there are targets. bytes_per_token, tokens_per_teacher_token, and what
+    the cache had: from_bytes_per_token.
     """
     pair, rows = job.answers.pair, _survey_rows(job.reader)
     parts = list(transcoded(job, rows))
@@ -283,6 +333,7 @@ def survey(job: Job) -> dict[str, Any]:
         "cut": counts["cut"] / tokens,
         "lost": counts["lost_tokens"] / tokens,
         "padding": 1 - max(0.0, (tokens - counts["cut"])) / (len(rows) * job.settings.seq_len),
+        "ids_per_position": sum(len(r.targets.ids) for r in records) / max(counts["covered"], 1),
         "from_bytes_per_token": spent,
         "bytes_per_token": size / tokens,
     }

@@ -17,12 +17,16 @@ import numpy as np
 from .fates import Answers
 from .flat import FlatTargets
 from .folder import RowRecord
+from .open_kernel import Counts, counted
+from .order import permute
 from .packed import size_without_padding
-from .redraw import Draws, Places, Rewritten, rewrite
+from .redraw import Draws, Places, Rewritten, became, rewrite
 from .retokenise import Pair, StudentRow, retokenise
+from .shard import hash_ids
 
 # Rows that are rewritten together, in teacher tokens: enough to encode in batches, little enough to keep in memory.
 CHUNK_TOKENS = 2**15
+_CHANCES = 2**40
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,23 +63,42 @@ def transcode_records(
         (those with targets), cut (tokens beyond seq_len), accepted, rejected, short, open, dropped, label (mean masses
         times spoken, the positions with draws), noise (Σ over covered positions of 1 / accepted share).
     """
+    rows, draws, places = _laid_over(records, answers)
+    found = rewrite(draws, places, answers, chain=settings.chain, unresolved=settings.unresolved)
+    counts = {name: float(sum(row.counts[name] for row in rows)) for name in rows[0].counts}
+    return _records(rows, found, answers.pair, settings, counts), counts
+
+
+def count_sets(records: Sequence[RowRecord], answers: Answers, chain: int) -> Counts:
+    """What the open draws that came became in some rows, and how often these have each token."""
+    rows, draws, places = _laid_over(records, answers)
+    tokens = np.concatenate([row.ids for row in rows])
+    return counted(*became(draws, places, answers, chain), tokens, answers.sets.table)
+
+
+def _laid_over(records: Sequence[RowRecord], answers: Answers) -> tuple[list[StudentRow], Draws, Places]:
     sizes = sizes_of(records, answers.pair)
     given = [
         (record.input_ids[:size].astype(np.int64), record.starts[:size])
         for record, size in zip(records, sizes, strict=True)
     ]
     rows = retokenise(given, answers.pair, answers.contexts)
-    draws = draws_of(records, sizes)
     before = np.cumsum([0, *sizes])
     source = [np.where(row.source >= 0, row.source + first, -1) for row, first in zip(rows, before, strict=False)]
     places = Places(
         source=np.concatenate(source),
         context=np.concatenate([row.context for row in rows]),
         labels=np.concatenate([np.append(row.ids[:-1], [-1] * bool(len(row.ids))) for row in rows]),
+        chance=np.concatenate([_chances(ids, len(row.ids)) for (ids, _), row in zip(given, rows, strict=True)])
+        if answers.kernel
+        else None,
     )
-    found = rewrite(draws, places, answers, chain=settings.chain, unresolved=settings.unresolved)
-    counts = {name: float(sum(row.counts[name] for row in rows)) for name in rows[0].counts}
-    return _records(rows, found, answers.pair, settings, counts), counts
+    return rows, draws_of(records, sizes), places
+
+
+def _chances(ids: np.ndarray, count: int) -> np.ndarray:
+    """[count] numbers in [0, 1), which hang on a row's tokens alone: not on its shard, nor on who makes it."""
+    return permute(np.arange(count), _CHANCES, seed=hash_ids(ids)) / _CHANCES
 
 
 def draws_of(records: Sequence[RowRecord], sizes: Sequence[int]) -> Draws:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate
 
@@ -15,7 +15,8 @@ MASSES = ("accepted", "rejected", "short", "open", "dropped")
 class Slow:
     """A text without control tokens but at its end; draws[j] is {teacher id: weight} or None.
 
-    encode and teachers_encode cut bytes into ids; control is {teacher's control token: the student's, or -1}.
+    encode and teachers_encode cut bytes into ids; control is {teacher's control token: the student's, or -1}; kernel is
+    {(token, by_cuts): {token: share}}, what an open draw that ends with a token becomes.
     """
 
     teacher_ids: list
@@ -25,6 +26,7 @@ class Slow:
     encode: object
     teachers_encode: object
     control: dict
+    kernel: dict = field(default_factory=dict)
 
     def __post_init__(self):
         self.text = b"".join(self.of_teacher[token] or b"" for token in self.teacher_ids)
@@ -80,7 +82,7 @@ def slow_transcode(slow, *, chain, unresolved="point"):
         def spread(before, which, factor, left, i=i, masses=masses, targets=targets):
             for draw, weight in slow.draws[which].items():
                 weight = weight * factor
-                fate, answer, *_ = slow.read(before, draw, i)
+                fate, answer, _, by_cuts = slow.read(before, draw, i)
                 if fate in ("rejected", "short"):
                     masses[fate] += weight
                     continue
@@ -94,7 +96,9 @@ def slow_transcode(slow, *, chain, unresolved="point"):
                 if fate == "open" and unresolved == "drop":
                     masses["dropped"] += weight
                     continue
-                targets[answer] += weight
+                shares = slow.kernel[answer, by_cuts] if fate == "open" and unresolved == "kernel" else {answer: 1}
+                for token, share in shares.items():
+                    targets[token] += weight * share
                 masses["accepted"] += weight
 
         if slow.draws[which]:
@@ -103,6 +107,32 @@ def slow_transcode(slow, *, chain, unresolved="point"):
         scale = total / masses["accepted"] if masses["accepted"] else 0
         found.append((token, {t: w * scale for t, w in sorted(targets.items())}, masses))
     return found
+
+
+def slow_counts(slow, *, chain):
+    """{(token, by_cuts, what it became): times}: open draws that came, followed."""
+    found = Counter()
+    for i, label in enumerate(slow.tokens[:-1]):
+        which = slow.which(i)
+        before = slow.text[: slow.starts_t[which]]
+        for came in slow.teacher_ids[which : which + chain + 1]:
+            fate, answer, members, by_cuts = slow.read(before, came, i)
+            if fate != "open" or label not in members:
+                break
+            found[answer, by_cuts, label] += 1
+            before += slow.of_teacher[came]
+    return found
+
+
+def slow_kernel(found, unigrams, sets):
+    """{(token, by_cuts): {v: share}} of sets {(token, by_cuts): members}: Witten and Bell's smoothing, set by set."""
+    kernel = {}
+    for name, members in sets.items():
+        came = {v: found[*name, v] for v in members}
+        kinds, among = max(1, sum(n > 0 for n in came.values())), sum(unigrams[v] + 1 for v in members)
+        total = sum(came.values()) + kinds
+        kernel[name] = {v: (n + kinds * (unigrams[v] + 1) / among) / total for v, n in came.items()}
+    return kernel
 
 
 def slow_sets(slow, *, chain):

@@ -80,6 +80,7 @@ LAYERS: dict[str, set[str]] = {
         "prompted",
         "position_budget",
         "open_sets",
+        "open_kernel",
         "fates",
         "redraw",
         "transcoding",

@@ -12,17 +12,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import folder_bytes
-from slow_transcode import Slow, slow_sets, slow_transcode
+from slow_transcode import Slow, slow_counts, slow_kernel, slow_sets, slow_transcode
 from test_align import CORPUS, FAMILIES, byte_level, fast
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from sparsekd import open_kernel
 from sparsekd.cache import CacheReader, CacheWriter, check_alignment, verify
 from sparsekd.errors import FormatError, MismatchError, RecipeError, SourceError
 from sparsekd.fates import Answers
 from sparsekd.joints import APART, DOUBTFUL, JOINED, meet
+from sparsekd.open_kernel import added, counted, kernel_of
 from sparsekd.open_sets import sets_of_cuts
 from sparsekd.recompute import recompute
-from sparsekd.redraw import Draws, Places, rewrite
+from sparsekd.redraw import Draws, Places, became, rewrite
 from sparsekd.retokenise import Context, cut_ids, pair_of, retokenise, teachers_cuts
 from sparsekd.set_table import SetTable, read_table, write_table
 from sparsekd.transcode import transcode
@@ -157,6 +159,41 @@ def test_the_fast_path_is_its_slow_twin(both_ways, unresolved):
 
 
 @pytest.mark.parametrize("chain", [0, 2])
+def test_the_kernel_is_its_slow_twin(both_ways, chain, monkeypatch):
+    """What open draws became, the kernel of these counts, and the targets, where it is not sampled."""
+    monkeypatch.setattr(open_kernel, "LIKELIEST", 1000)
+    _, found = both_ways
+    answers, pair = found[0][-1], found[0][-1].pair
+    table, size = answers.sets.table, len(pair.student.of_id)
+    times, unigrams, parts = Counter(), Counter(), []
+    for slow, draws, places, _ in found:
+        times += slow_counts(slow, chain=chain)
+        unigrams += Counter(slow.tokens)
+        parts.append(counted(*became(draws, places, answers, chain), np.array(slow.tokens), table))
+    counts = added(parts[::-1])
+    mine = {divmod(key, size): n for key, n in zip(counts.keys.tolist(), counts.counts.tolist(), strict=True)}
+    theirs = {(token + size * (not by_cuts), v): n for (token, by_cuts, v), n in times.items()}
+    assert mine == theirs | {(2 * size, v): n for v, n in unigrams.items()}
+    assert len(theirs) > 5
+    answers.kernel = kernel_of(counts, table)
+    members = {(s % size, s < size): set(table.members(s).tolist()) for s in range(2 * size)}
+    kernel, spoken = slow_kernel(times, unigrams, members), 0
+    for slow, draws, places, _ in found:
+        slow.kernel = kernel
+        fast = rewrite(
+            draws, replace(places, chance=np.zeros(len(places.source))), answers, chain=chain, unresolved="kernel"
+        )
+        for i, (_, targets, masses) in enumerate(slow_transcode(slow, chain=chain, unresolved="kernel")):
+            here = fast.position == i
+            assert dict(zip(fast.token[here].tolist(), fast.weight[here].tolist(), strict=True)) == pytest.approx(
+                targets, rel=1e-9
+            )
+            assert {name: fast.masses[name][i] for name in masses} == pytest.approx(masses, abs=1e-12)
+            spoken += masses["open"] > 0
+    assert spoken > 20
+
+
+@pytest.mark.parametrize("chain", [0, 2])
 def test_sets_are_their_slow_twin(both_ways, chain):
     """Tokens, sets and conditions, position by position; a position's weights sum to what its draws summed to."""
     conditions = by_text = 0
@@ -234,17 +271,23 @@ def merged_in_many_ways():
 # --- caches ---------------------------------------------------------------------------------------------
 
 
-def students(world, tmp_path):
-    """Folders of tokenizers beside the world's: permuted, and of other sizes."""
-    description = json.loads(load_tokenizer(Path(world.cache) / "tokenizer").backend_tokenizer.to_str())
+def turned(tokenizer):
+    """The same tokenizer with its ids in reverse."""
+    description = json.loads(tokenizer.backend_tokenizer.to_str())
     size = len(description["model"]["vocab"])
     description["model"]["vocab"] = {piece: size - 1 - n for piece, n in description["model"]["vocab"].items()}
     description["added_tokens"][0]["id"] = size - 1
+    return fast(Tokenizer.from_str(json.dumps(description)), eos_token="<|endoftext|>")
+
+
+def students(world, tmp_path):
+    """Folders of tokenizers beside the world's: permuted, and of other sizes."""
     texts = [json.loads(line)["text"] for line in Path(world.corpus).read_text().splitlines()]
     made = {
-        "permuted": fast(Tokenizer.from_str(json.dumps(description)), eos_token="<|endoftext|>"),
+        "permuted": turned(load_tokenizer(Path(world.cache) / "tokenizer")),
         "smaller": byte_level(270, texts),
         "other": byte_level(400, texts[::-1]),
+        "turned": turned(byte_level(400, texts[::-1])),
     }
     for name, tokenizer in made.items():
         tokenizer.save_pretrained(tmp_path / name)
@@ -258,20 +301,22 @@ def tokenizers(world, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def transcoded(world, tokenizers, tmp_path_factory):
-    """The world's cache in the tokens of "other", with sets and with points: to be read only."""
+    """The world's cache in the tokens of "other", open draws treated in three ways: to be read only."""
     home = tmp_path_factory.mktemp("transcoded")
-    for unresolved in ("set", "point"):
+    for unresolved in ("set", "kernel", "point"):
         transcode(cache=world.cache, tokenizer=tokenizers["other"], out=home / unresolved, unresolved=unresolved)
-    return {unresolved: home / unresolved for unresolved in ("set", "point")}
+    return {unresolved: home / unresolved for unresolved in ("set", "kernel", "point")}
 
 
 def copy_of(cache, path):
     return Path(shutil.copytree(cache, path))
 
 
-def test_the_same_tokenizer_gives_the_same_bits(world, tmp_path):
-    """unresolved=point on the cache's own tokenizer: every row and count is the input's."""
-    transcode(cache=world.cache, tokenizer=str(Path(world.cache) / "tokenizer"), out=tmp_path / "t", unresolved="point")
+@pytest.mark.parametrize("unresolved", ["point", "kernel"])
+def test_the_same_tokenizer_gives_the_same_bits(world, tmp_path, unresolved):
+    """On the cache's own tokenizer every row and count is the input's."""
+    own = str(Path(world.cache) / "tokenizer")
+    transcode(cache=world.cache, tokenizer=own, out=tmp_path / "t", unresolved=unresolved)
     with CacheReader(world.cache) as old, CacheReader(tmp_path / "t") as new:
         assert new.spec.codec == old.spec.codec
         assert new.spec.sampler == old.spec.sampler
@@ -300,7 +345,7 @@ def test_a_permuted_vocabulary_is_the_same_up_to_the_permutation(world, tokenize
 
 def test_rows_keep_their_text_and_the_mass_is_whole(world, tokenizers, tmp_path):
     """The student's tokens have the teacher's bytes; weights sum to 1; accepted + rejected + short + dropped = 1."""
-    for name, unresolved in (("smaller", "point"), ("other", "drop")):
+    for name, unresolved in (("smaller", "point"), ("other", "drop"), ("turned", "kernel")):
         out = tmp_path / name
         found = transcode(cache=world.cache, tokenizer=tokenizers[name], out=out, unresolved=unresolved)["survey"]
         assert found["accepted"] + found["rejected"] + found["short"] + found["dropped"] == pytest.approx(1)
@@ -317,21 +362,49 @@ def test_rows_keep_their_text_and_the_mass_is_whole(world, tokenizers, tmp_path)
                 assert np.allclose(sums, 1, atol=1e-3)  # what prob40 rounds
 
 
-def test_any_number_of_workers_makes_the_same_bytes(world, tokenizers, transcoded, tmp_path):
+@pytest.mark.parametrize("unresolved", ["set", "kernel"])
+def test_any_number_of_workers_makes_the_same_bytes(world, tokenizers, transcoded, tmp_path, unresolved):
     """One process, two, and one that goes on after half of the shards were made and one was damaged."""
-    settings = {"cache": world.cache, "tokenizer": tokenizers["other"]}
+    settings = {"cache": world.cache, "tokenizer": tokenizers["other"], "unresolved": unresolved}
     transcode(**settings, out=tmp_path / "two", workers=2)
     assert "manifest" not in transcode(**settings, out=tmp_path / "resumed", shard_range="0:2")
     shard = tmp_path / "resumed" / "shard-00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
     transcode(**settings, out=tmp_path / "resumed")
-    wanted = folder_bytes(transcoded["set"])
+    wanted = folder_bytes(transcoded[unresolved])
     assert len(wanted) > 4
     assert folder_bytes(tmp_path / "two") == wanted
     assert folder_bytes(tmp_path / "resumed") == wanted
 
 
-@pytest.mark.parametrize("unresolved", ["point", "set"])
+def test_a_kernel_is_counted_on_the_caches_rows(world, tokenizers, transcoded, tmp_path, monkeypatch):
+    """Other counts make another cache, which no half-made one goes on with; ids say how many each position has."""
+    settings = {"cache": world.cache, "tokenizer": tokenizers["other"], "unresolved": "kernel"}
+    found = transcode(**settings, dry_run=True)["survey"]
+    with CacheReader(transcoded["kernel"]) as reader:
+        known = reader.spec.data["transcoded"]
+        assert found["ids_per_position"] == pytest.approx(reader.stats["pairs"] / reader.stats["positions"], rel=0.05)
+    with CacheReader(transcoded["point"]) as reader:
+        assert found["ids_per_position"] > reader.stats["pairs"] / reader.stats["positions"] + 0.3
+    assert known["chain"] == 3
+    monkeypatch.setattr("sparsekd.transcode.KERNEL_TOKENS", 40 * 32)
+    with pytest.raises(MismatchError, match=r"transcoded\.kernel"):
+        transcode(**settings, out=copy_of(transcoded["kernel"], tmp_path / "k"))
+
+
+def test_a_kernel_does_not_hang_on_the_numbers_of_ids(world, tokenizers, tmp_path, monkeypatch):
+    """A student whose ids are reversed: the same targets, sampled tokens too."""
+    monkeypatch.setattr(open_kernel, "LIKELIEST", 1)
+    monkeypatch.setattr(open_kernel, "SAMPLED", 1)
+    for name in ("other", "turned"):
+        transcode(cache=world.cache, tokenizer=tokenizers[name], out=tmp_path / name, unresolved="kernel")
+    with CacheReader(tmp_path / "other") as ours, CacheReader(tmp_path / "turned") as theirs:
+        for row in range(len(ours)):
+            a, b = (dense(reader[row], ours.spec.logit_width) for reader in (ours, theirs))
+            assert np.array_equal(a, b[:, ::-1])
+
+
+@pytest.mark.parametrize("unresolved", ["point", "kernel", "set"])
 def test_a_student_trains_on_it(transcoded, tmp_path, unresolved):
     """A cache like any other: canary, inspect, steps that learn; a student as wide as its tokenizer, with sets too."""
     from sparsekd.inspect import describe_cache
@@ -358,7 +431,7 @@ def test_a_student_trains_on_it(transcoded, tmp_path, unresolved):
 
 def test_refusals(world, tokenizers, transcoded, tmp_path):
     """What cannot be transcoded is told with the way out."""
-    with pytest.raises(RecipeError, match="unresolved='x' is not one of set, point, drop"):
+    with pytest.raises(RecipeError, match="unresolved='x' is not one of set, kernel, point, drop"):
         transcode(cache=world.cache, tokenizer=tokenizers["other"], out=tmp_path / "t", unresolved="x")
     with pytest.raises(RecipeError, match="needs out=FOLDER, or dry_run=true"):
         transcode(cache=world.cache, tokenizer=tokenizers["other"])
