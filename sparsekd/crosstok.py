@@ -30,7 +30,7 @@ CURVES = Arm(label="Sorted curves", sampler={"name": "sorted_curve"})
 CE, CEILING, CE_THEIRS = "CE", "KD, teacher's tokenizer", "CE, teacher's tokenizer"
 TEXT = "CE on the teacher's text"
 POINT, SETS = "Transcoded, point", "Transcoded, sets"
-POINT_CE, SETS_DRAWS = f"{POINT}, half CE", f"{SETS}, draws inside"
+POINT_CE, SETS_DRAWS, KERNEL = f"{POINT}, half CE", f"{SETS}, draws inside", "Transcoded, kernel"
 # Labels of the arms that learn from sorted curves, and what they are trained with.
 CROSS: dict[str, dict[str, Any]] = {
     "ULD by index, λ = 1.5": {"method": "uld", "align": "index", "kd_weight": 1.5},
@@ -38,7 +38,13 @@ CROSS: dict[str, dict[str, Any]] = {
     "ALM": {"method": "alm"},
 }
 # What transcoded arms are trained with. Inside a set the text's token tells, or the teacher's next draws (chain=3).
-TRANSCODED: dict[str, dict[str, Any]] = {POINT: {}, POINT_CE: {"ce_weight": 0.5}, SETS: {}, SETS_DRAWS: {}}
+TRANSCODED: dict[str, dict[str, Any]] = {
+    POINT: {},
+    POINT_CE: {"ce_weight": 0.5},
+    KERNEL: {},
+    SETS: {},
+    SETS_DRAWS: {},
+}
 LABELS = (CE, TEXT, *CROSS, *TRANSCODED, CE_THEIRS, CEILING)
 BEST = SETS
 CLAIMS = tuple(
@@ -123,22 +129,21 @@ def make_world(lab: Lab) -> World:
     draws, curves = lab.cache(DRAWS), lab.cache(CURVES)
     lab.say("  lab: transcoding")
     sets, survey = _transcoded(draws, tokenizer, home / "cache-sets", unresolved="set")
-    inside, _ = _transcoded(
-        draws, tokenizer, home / "cache-inside", unresolved="set", chain=3, seq_len=survey["seq_len"]
-    )
-    point, _ = _transcoded(draws, tokenizer, home / "cache-point", unresolved="point", seq_len=survey["seq_len"])
-    said, _ = _transcoded(
-        teachers_text(lab, home), tokenizer, home / "cache-text", unresolved="point", seq_len=survey["seq_len"]
-    )
+    size = survey["seq_len"]
+    inside, _ = _transcoded(draws, tokenizer, home / "cache-inside", unresolved="set", chain=3, seq_len=size)
+    kernel, _ = _transcoded(draws, tokenizer, home / "cache-kernel", unresolved="kernel", seq_len=size)
+    point, _ = _transcoded(draws, tokenizer, home / "cache-point", unresolved="point", seq_len=size)
+    written = teachers_text(lab, home)
+    said, _ = _transcoded(written, tokenizer, home / "cache-text", unresolved="point", seq_len=size)
     caches = {CE: sets, TEXT: said, CE_THEIRS: draws, CEILING: draws} | dict.fromkeys(CROSS, curves)
-    caches |= {SETS: sets, SETS_DRAWS: inside} | dict.fromkeys((POINT, POINT_CE), point)
+    caches |= {SETS: sets, SETS_DRAWS: inside, KERNEL: kernel} | dict.fromkeys((POINT, POINT_CE), point)
     # As much text before a held-out token as the teacher's rows have.
-    length = max(2, min(survey["seq_len"], round(lab.seq_len() * survey["tokens_per_teacher_token"])))
+    length = max(2, min(size, round(lab.seq_len() * survey["tokens_per_teacher_token"])))
     ours = _exam(lab, home / "heldout-student", tokenizer, length)
     theirs = _exam(lab, home / "heldout-teacher", f"{lab.rows()}/tokenizer", lab.seq_len())
     return World(
         tokenizer=tokenizer,
-        seq_len=survey["seq_len"],
+        seq_len=size,
         caches=caches,
         exams=(ours, theirs),
         survey=survey,

@@ -13,8 +13,9 @@ from tokenizers import Tokenizer
 
 from sparsekd import open_kernel
 from sparsekd.fates import Answers
+from sparsekd.losses import sparse_ce
 from sparsekd.open_kernel import LIKELIEST, SAMPLED, Counts, added, counted, kernel_of, spread
-from sparsekd.prefix_sets import PrefixSets, prefix_set_ce
+from sparsekd.prefix_sets import PrefixSets
 from sparsekd.redraw import Draws, Places, became, rewrite
 from sparsekd.retokenise import pair_of, retokenise
 from sparsekd.set_table import SetTable
@@ -178,7 +179,7 @@ def minimiser(mean, table, tokens):
 
     def closure():
         optimizer.zero_grad()
-        loss = prefix_set_ce(logits(), targets, sets)
+        loss = sparse_ce(logits(), targets, sets=sets)
         loss.backward()
         return loss
 
