@@ -58,9 +58,9 @@ def joints_of(model: Mapping[str, Any]) -> Joints:
     left, right, made = (np.full(size, -1) for _ in range(3))
     for piece, token in vocabulary.items():
         several = ways.get(token, [])
-        parts = several[0] if len(several) == 1 else _last_merge(piece, vocabulary, made_by)
-        if parts is not None:
-            left[token], right[token], made[token] = *parts, made_by[parts][0]
+        split = several[0] if len(several) == 1 else _last_merge(piece, vocabulary, made_by)
+        if split is not None:
+            left[token], right[token], made[token] = *split, made_by[split][0]
     keys = np.array([a * size + b for a, b in made_by], np.int64)
     order = np.argsort(keys)
     ranks = np.array([rank for rank, _ in made_by.values()], np.int64)
