@@ -16,16 +16,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .align import token_starts
 from .joints import APART, JOINED, meet
 from .open_kernel import Kernel
 from .open_sets import OpenSets, open_sets
-from .retokenise import Context, Contexts, Pair, cut_ids
+from .retokenise import Context, Contexts, Pair, cut_flat
 from .vocab_bytes import NEVER, with_prefix
 
 Array = NDArray[Any]
@@ -101,7 +101,7 @@ class Answers:
         joined: context V + draw -> the student's token 4 + fate.
         plain: [V] what each draw is if nothing stands before it, as in `joined`.
         known: what is known of the contexts so far.
-        begins: [V] the first byte of each of the teacher's tokens, _CONTROL for control tokens.
+        pieces, begins: [V] the bytes of the teacher's tokens, none for control tokens, and the first one, _CONTROL.
         meets: [_EDGES, _BEGINS] how a text that ends so and a draw that begins so meet.
         sets: what open draws stand for.
         kernel: what they became in some rows, where that is asked for.
@@ -112,19 +112,21 @@ class Answers:
     joined: Memo = field(default_factory=lambda: Memo())
     plain: Array = field(init=False)
     known: Known = field(default_factory=lambda: Known(*np.zeros((len(Known._fields), 0), np.int64)))
+    pieces: list[bytes] = field(init=False)
     begins: Array = field(init=False)
     meets: Array = field(init=False)
     sets: OpenSets = field(init=False)
     kernel: Kernel | None = None
 
     def __post_init__(self) -> None:
-        pieces = [*self.pair.teacher.of_id, *[None] * (len(self.pair.control) - len(self.pair.teacher.of_id))]
-        self.begins = np.array([piece[0] if piece else _CONTROL for piece in pieces])
+        of_id = self.pair.teacher.of_id
+        self.pieces = [piece or b"" for piece in of_id] + [b""] * (len(self.pair.control) - len(of_id))
+        self.begins = np.array([piece[0] if piece else _CONTROL for piece in self.pieces])
         self.meets = _meets(self.pair)
         self.sets = open_sets(self.pair)
         theirs = self.pair.control
         control = np.where(theirs >= 0, theirs * _FATES + DECIDED, REJECTED)
-        self.plain = np.where(self.begins == _CONTROL, control, _solve(self, np.arange(len(pieces))))
+        self.plain = np.where(self.begins == _CONTROL, control, _solve(self, np.arange(len(self.pieces))))
 
 
 def _meets(pair: Pair) -> Array:
@@ -188,38 +190,38 @@ def _tell_inside(answers: Answers, contexts: Array, draws: Array, meets: Array) 
 def _learn_contexts(answers: Answers) -> None:
     """What new contexts give by themselves."""
     while new := answers.contexts.all[len(answers.known.alone) :]:
-        texts = list({context.tail for context in new})
-        cut = dict(zip(texts, cut_ids(texts, answers.pair), strict=True))
-        found = np.array([_know(context, cut[context.tail], answers) for context in new])
+        texts = {text: n for n, text in enumerate(dict.fromkeys(context.tail for context in new))}
+        read = _read(list(texts), answers.pair)
+        found = np.array([_know(context, read, texts[context.tail], answers) for context in new])
         answers.known = Known(*(np.append(old, each) for old, each in zip(answers.known, found.T, strict=True)))
 
 
-def _know(context: Context, ids: list[int] | None, answers: Answers) -> tuple[int, ...]:
+def _know(context: Context, read: _Read, which: int, answers: Answers) -> tuple[int, ...]:
     """`Known` of one context."""
     tail, head, cuts, _ = context
-    longer = len(head) > len(tail) and not context.opens
+    first, last = read.first[which], read.first[which + 1]
+    is_text, longer = last > first or not tail, len(head) > len(tail) and not context.opens
     alone, rest = _NONE, 0
     if longer:
         after = tuple([cut - len(tail) for cut in cuts if cut > len(tail)])
         rest = answers.contexts.number(Context(b"", head[len(tail) :], after))
-        ends = None if ids is None else list(accumulate(answers.pair.lengths[ids].tolist()))
-        alone = _NONE if ends is None or ends != list(cuts[: len(ends)]) else _NEXT
-    elif ids is not None and tail.startswith(head):
-        token = _token_at(ids, cuts, answers.pair)
-        alone = _NONE if token is None else token if token >= 0 else _NEXT
+        alone = _NEXT if is_text and tuple(read.ends[first:last]) == cuts[: last - first] else _NONE
+    elif is_text and tail.startswith(head):
+        alone, _ = _token_at(read, which, cuts)
     wants, joint = head[len(tail)] if longer else -1, int(len(tail) in cuts or not tail)
-    return alone, rest, wants, joint, ids[-1] if ids else -1, _edge(context, ids, wants, answers.pair)
+    before = read.ids[last - 1] if last > first else -1
+    return alone, rest, wants, joint, before, _edge(context, is_text, wants, answers.pair)
 
 
-def _edge(context: Context, ids: list[int] | None, wants: int, pair: Pair) -> int:
+def _edge(context: Context, is_text: bool, wants: int, pair: Pair) -> int:
     """How a context's text ends; white space may be cut otherwise before some draws, and half a character is none."""
     tail = context.tail
     if not tail:
         return _UNKNOWN if context.opens else _EMPTY
-    unsure = wants >= 0 and (ids is None or 0x80 <= wants < 0xC0 or not context.head.startswith(tail))
+    unsure = wants >= 0 and (not is_text or 0x80 <= wants < 0xC0 or not context.head.startswith(tail))
     if unsure or tail[-1:].isspace():
         return _UNKNOWN
-    return tail[-1] + 256 * (ids is not None and _ends_in_letters(tail, pair))
+    return tail[-1] + 256 * (is_text and _ends_in_letters(tail, pair))
 
 
 def _ends_in_letters(tail: bytes, pair: Pair) -> bool:
@@ -230,32 +232,26 @@ def _ends_in_letters(tail: bytes, pair: Pair) -> bool:
 
 def _solve(answers: Answers, keys: Array) -> Array:
     """[M] token * 4 + fate of draws that nobody asked for before."""
-    pair, values = answers.pair, np.full(len(keys), REJECTED, np.int64)
-    of_id, asked = pair.teacher.of_id, []
-    for n, (number, draw) in enumerate(
-        zip(*(part.tolist() for part in np.divmod(keys, len(pair.control))), strict=True)
-    ):
-        context, piece = answers.contexts.all[number], of_id[draw]
-        text = read_after(context, piece or b"", pair)
+    pair, values, asked = answers.pair, np.full(len(keys), REJECTED, np.int64), []
+    numbers, draws = np.divmod(keys, len(pair.control))
+    texts: dict[bytes, int] = {}
+    for n, (number, draw) in enumerate(zip(numbers.tolist(), draws.tolist(), strict=True)):
+        context = answers.contexts.all[number]
+        text = read_after(context, answers.pieces[draw], pair)
         if text is None:
             continue
-        size = min(len(text), len(context.head))
-        if text[:size] != context.head[:size]:
-            continue
-        if len(text) <= len(context.head):
+        if len(text) > len(context.head):
+            if text.startswith(context.head):
+                asked.append((n, context.cuts, texts.setdefault(text, len(texts))))
+        elif context.head.startswith(text):
             values[n] = SHORT
-        else:
-            asked.append((n, context, text))
-    texts = list(dict.fromkeys(text for *_, text in asked))
-    cut = dict(zip(texts, cut_ids(texts, pair), strict=True))
-    for n, context, text in asked:
-        ids = cut[text]
-        token = None if ids is None else _token_at(ids, context.cuts, pair)
-        if token is not None and token >= 0:
-            ends = len(context.head) + int(pair.lengths[token]) == len(text)
-            values[n] = token * _FATES + (OPEN if ends else DECIDED)
+    read = _read(list(texts), pair)
+    for n, cuts, which in asked:
+        token, is_last = _token_at(read, which, cuts)
+        if token >= 0:
+            values[n] = token * _FATES + (OPEN if is_last else DECIDED)
     tokens, fates = np.divmod(values, _FATES)
-    closed = (fates == OPEN) & ~answers.sets.is_open(keys % len(pair.control), tokens)
+    closed = (fates == OPEN) & ~answers.sets.is_open(draws, tokens)
     return values + (DECIDED - OPEN) * closed
 
 
@@ -268,13 +264,29 @@ def read_after(context: Context, piece: bytes, pair: Pair) -> bytes | None:
     return with_prefix(piece[1:], pair.student) if piece.startswith(b" ") else None
 
 
-def _token_at(ids: list[int], cuts: tuple[int, ...], pair: Pair) -> int | None:
-    """The token after the last cut, -1 where the text ends there; None unless the tokens before end at the cuts."""
-    if len(ids) < len(cuts):
-        return None
-    reached, lengths = 0, pair.lengths
-    for token, cut in zip(ids, cuts, strict=False):
-        reached += int(lengths[token])
-        if reached != cut:
-            return None
-    return ids[len(cuts)] if len(ids) > len(cuts) else -1
+class _Read(NamedTuple):
+    """Texts in the student's tokens, one after another: ids, the byte at which each ends in its text, and where each
+    text's tokens begin (at last, how many there are); none of a text that does not come back."""
+
+    ids: list[int]
+    ends: list[int]
+    first: list[int]
+
+
+def _read(texts: list[bytes], pair: Pair) -> _Read:
+    ids, sizes = cut_flat(texts, pair)
+    first = np.cumsum([0, *(max(size, 0) for size in sizes)])
+    lengths = pair.lengths[np.array(ids, np.int64)]
+    reached = token_starts(lengths)
+    ends = reached[1:] - np.repeat(reached[first[:-1]], np.diff(first))
+    return _Read(ids, ends.tolist(), first.tolist())
+
+
+def _token_at(read: _Read, which: int, cuts: tuple[int, ...]) -> tuple[int, bool]:
+    """(the token of a text after the last cut, whether the text ends with it): _NEXT for the token where the text ends
+    with the last cut, _NONE unless the tokens before end at the cuts."""
+    first, last = read.first[which], read.first[which + 1]
+    at = first + len(cuts)
+    if at > last or tuple(read.ends[first:at]) != cuts:
+        return _NONE, False
+    return (_NEXT, True) if at == last else (read.ids[at], at + 1 == last)

@@ -159,7 +159,7 @@ def _next_layer(draws: Draws, layer: Layer, items: Array, answers: Answers) -> L
     numbers = []
     for number, draw in zip(*(part.tolist() for part in np.divmod(keys, width)), strict=True):
         before = answers.contexts.all[number]
-        tail = read_after(before, answers.pair.teacher.of_id[draw] or b"", answers.pair)
+        tail = read_after(before, answers.pieces[draw], answers.pair)
         numbers.append(answers.contexts.number(Context(tail or b"", before.head, before.cuts)))
     return Layer(layer.position[items], draws.following[where], np.array(numbers, np.int64)[inverse])
 
@@ -248,12 +248,20 @@ def _joined(entries: Entries, treated: Entries, masses: dict[str, Array]) -> Rew
 
 def _added_up(entries: Entries) -> Entries:
     keys = entries.position * (int(entries.token.max(initial=0)) + 1) + entries.token
-    order = np.argsort(keys, kind="stable")
+    order = _stable_order(keys)
     sorted_ = Entries(*(part[order] for part in entries))
     keys = keys[order]
     firsts = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]]) if len(keys) else np.zeros(0, np.int64)
     sums = np.add.reduceat(sorted_.weight, firsts) if len(firsts) else sorted_.weight
     return Entries(sorted_.position[firsts], sorted_.token[firsts], sums)
+
+
+def _stable_order(keys: Array) -> Array:
+    """`np.argsort(keys, kind="stable")` of integers from 0 on, by sorting numbers: several times as fast."""
+    bits = len(keys).bit_length()
+    if int(keys.max(initial=0)).bit_length() + bits > 63:
+        return np.argsort(keys, kind="stable")
+    return np.sort((keys << bits) + np.arange(len(keys))) & ((1 << bits) - 1)
 
 
 def _is_set(entries: Entries, answers: Answers) -> Array:
@@ -358,7 +366,7 @@ def _netted(kept: list[Entries], masses: dict[str, Array], sets: OpenSets) -> Re
     found = _added_up(_together(kept))
     found = Entries(*(part[np.abs(found.weight) > _ROUNDING] for part in found))
     token = found.token + len(sets.table) * (found.weight < 0)
-    order = np.lexsort((token, found.position))
+    order = _stable_order(found.position * sets.table.width() + token)
     return Rewritten(
         position=found.position[order], token=token[order], weight=np.abs(found.weight)[order], masses=masses
     )

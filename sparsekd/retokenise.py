@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -251,26 +251,62 @@ def cut_texts(texts: Sequence[bytes], pair: Pair) -> list[Cut]:
 
 def cut_ids(texts: Sequence[bytes], pair: Pair) -> list[list[int] | None]:
     """The student's tokens of each text; None for a text that does not come back from them."""
-    return _cut_ids(texts, pair.backend, pair.student, pair.short)
+    return _as_lists(*cut_flat(texts, pair))
+
+
+def cut_flat(texts: Sequence[bytes], pair: Pair) -> tuple[list[int], list[int]]:
+    """(ids, sizes): `cut_ids` one after another, and how many each text has, -1 for None."""
+    return _cut_flat(texts, pair.backend, pair.student, pair.short)
 
 
 def teachers_cuts(pair: Pair) -> list[list[int] | None]:
     """The teacher's tokens of the text of each of the student's tokens; None: no text, or it does not come back."""
     texts = [piece or b"" for piece in pair.student.of_id]
-    cuts = _cut_ids(texts, pair.teachers, pair.teacher, _short(pair.teacher))
+    cuts = _as_lists(*_cut_flat(texts, pair.teachers, pair.teacher, _short(pair.teacher)))
     return [cut if text else None for text, cut in zip(texts, cuts, strict=True)]
 
 
-def _cut_ids(
+def _as_lists(ids: list[int], sizes: list[int]) -> list[list[int] | None]:
+    ends = accumulate(max(size, 0) for size in sizes)
+    return [None if size < 0 else ids[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+
+
+def _cut_flat(
     texts: Sequence[bytes], backend: Any, vocabulary: VocabBytes, short: dict[bytes, int]
-) -> list[list[int] | None]:
-    runs = [list(valid_runs(text)) for text in texts]
-    encodings = iter(encode_texts(backend, [run.decode() for each in runs for run, fine in each if fine]))
-    found: list[list[int] | None] = []
-    for text, several in zip(texts, runs, strict=True):
-        ids = [token for run, fine in several for token in (next(encodings).ids if fine else _greedy(run, short))]
-        found.append(ids if -1 not in ids and text_of(ids, vocabulary) == text else None)
-    return found
+) -> tuple[list[int], list[int]]:
+    # One flat list: a list for each text would have the garbage collector look through all objects again and again.
+    ids: list[int] = []
+    sizes: list[int] = []
+    of_id = vocabulary.of_id
+    for text, found in zip(texts, _read(texts, backend, short), strict=True):
+        comes_back = b"".join([of_id[token] or b"" for token in found]) == text
+        sizes.append(len(found) if comes_back else -1)
+        if comes_back:
+            ids += found
+    return ids, sizes
+
+
+def _read(texts: Sequence[bytes], backend: Any, short: dict[bytes, int]) -> Iterator[list[int]]:
+    """The ids of each text; bytes that are no UTF-8 one by one, none at all where a byte has no token."""
+    decoded = [_decoded(text) for text in texts]
+    encodings = iter(encode_texts(backend, [text for text in decoded if text is not None]))
+    for text, whole in zip(texts, decoded, strict=True):
+        yield _read_runs(text, backend, short) if whole is None else next(encodings).ids
+
+
+def _decoded(text: bytes) -> str | None:
+    try:
+        return text.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def _read_runs(text: bytes, backend: Any, short: dict[bytes, int]) -> list[int]:
+    parts = [
+        encode_texts(backend, [run.decode()])[0].ids if fine else _greedy(run, short) for run, fine in valid_runs(text)
+    ]
+    ids = [token for part in parts for token in part]
+    return [] if -1 in ids else ids
 
 
 def _cut(text: bytes, runs: list[tuple[bytes, bool]], encodings: Iterator[Any], pair: Pair) -> Cut:
