@@ -94,8 +94,8 @@ def kernel_of(counts: Counts, table: SetTable) -> Kernel:
 
 def _of(counts: Counts, keys: Array) -> Array:
     """[any] the count of each key, 0 where there is none."""
-    at = np.searchsorted(counts.keys, keys).clip(max=len(counts.keys) - 1)
-    return np.where(counts.keys[at] == keys, counts.counts[at], 0)
+    at, known = np.searchsorted(counts.keys, keys), np.append(counts.keys, -1)
+    return np.where(known[at] == keys, np.append(counts.counts, 0)[at], 0)
 
 
 def spread(kernel: Kernel, sets: Array, weights: Array, chance: Array) -> tuple[Array, Array, Array]:

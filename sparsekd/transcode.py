@@ -212,10 +212,8 @@ def open_job(
 def count_rows(reader: CacheReader, answers: Answers, chain: int, limit: int | None = None) -> Counts:
     """What open draws that came became in the cache's rows, or in `KERNEL_TOKENS` of them; equal in any process."""
     most = min(len(reader), limit or max(1, KERNEL_TOKENS // reader.spec.seq_len))
-    rows, parts = _some_rows(reader, most), Counts(*np.zeros((2, 0), np.int64))
-    for part in _chunks(rows, reader):
-        parts = added([parts, count_sets([reader.record(row) for row in part], answers, chain)])
-    return parts
+    parts = _chunks(_some_rows(reader, most), reader)
+    return added([count_sets([reader.record(row) for row in part], answers, chain) for part in parts])
 
 
 def _own_tokenizer(cache: str, reader: CacheReader) -> Any:
