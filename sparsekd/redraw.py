@@ -207,7 +207,8 @@ def _as_tokens(
         goes_on &= _has_draws(draws, draws.following[layer.where[seen.item]])
         _add_lost(masses, position, seen.fates, weight)
         stays = (seen.fates >= OPEN) & ~goes_on
-        kept.append(Entries(position[stays], _ids(seen, answers.sets)[stays], weight[stays]))
+        ids = _ids(answers.sets, seen.ids, seen.fates, seen.tokens)
+        kept.append(Entries(position[stays], ids[stays], weight[stays]))
         if not goes_on.any():
             break
         layer = _next_layer(draws, layer, seen.item[goes_on], answers)
@@ -217,11 +218,10 @@ def _as_tokens(
     return _joined(found, treat(found, places, answers), masses)
 
 
-def _ids(seen: Seen, sets: OpenSets) -> Array:
-    """[M] the token that each draw is, or the set of an open one."""
-    found = sets.of(seen.ids, seen.tokens) + sets.table.vocab_size
-    ids: Array = np.where(seen.fates == OPEN, found, seen.tokens)
-    return ids
+def _ids(sets: OpenSets, draws: Array, fates: Array, tokens: Array) -> Array:
+    """[M] each draw's id: its token, or the set of an open one."""
+    found: Array = np.where(fates == OPEN, sets.of(draws, tokens) + sets.table.vocab_size, tokens)
+    return found
 
 
 def _has_draws(draws: Draws, tokens: Array) -> Array:
@@ -335,10 +335,10 @@ def _comes_to(sets: OpenSets, labels: Array, draws: Array, fates: Array, tokens:
 
 def _inside(sets: OpenSets, known: Array, draws: Array, fates: Array, tokens: Array) -> tuple[Array, Array]:
     """(whether each draw is told and lies in the known set, its id: a token or a set)."""
-    open_, size = fates == OPEN, sets.table.vocab_size
-    found = np.where(open_, sets.of(draws, tokens), 0)
+    open_, ids = fates == OPEN, _ids(sets, draws, fates, tokens)
+    found = np.where(open_, ids - sets.table.vocab_size, 0)
     inside = np.where(open_, sets.holds_set(known, found), sets.holds(known, tokens))
-    return (fates >= OPEN) & inside, np.where(open_, found + size, tokens)
+    return (fates >= OPEN) & inside, ids
 
 
 def _count_masses(masses: dict[str, Array], position: Array, seen: Seen, realised: Array, spoken: Array) -> None:

@@ -222,6 +222,8 @@ def test_the_mean_over_resamples_is_what_the_kernel_makes_of_the_teacher(pair, m
     at, size, rng, rounds, times = firsts[:1], len(pair.student.of_id), np.random.default_rng(0), 50, 2000
     place = Places(source=places.source[at], context=places.context[at], labels=places.labels[at], chance=np.zeros(1))
     p, ids = draws.weights[: len(HEADS)], draws.ids[: len(HEADS)]
+    with pytest.raises(ValueError, match="places with chance"):
+        rewrite(draws, replace(place, chance=None), answers, chain=0, unresolved="kernel")
     whole = rewrite(draws, place, answers, chain=0, unresolved="kernel")
     exact = np.bincount(whole.token, whole.weight, size)
     assert (exact > 0).sum() == 3 * len(OPEN_HEADS) + len(CLOSED_HEADS)
