@@ -26,7 +26,7 @@ from .joints import APART, JOINED, meet
 from .open_kernel import Kernel
 from .open_sets import OpenSets, open_sets
 from .retokenise import Context, Contexts, Pair, cut_flat
-from .vocab_bytes import NEVER, with_prefix
+from .vocab_bytes import NEVER, PATTERNS, SPACES, with_prefix
 
 Array = NDArray[Any]
 
@@ -142,6 +142,10 @@ def _meets(pair: Pair) -> Array:
     if pair.joints is not None:
         bytes_[1, _LETTER[:, None] & _LETTER] = _INSIDE
     bytes_[:, ~pair.crossed & ~one_word] = _APART
+    if pair.joints is not None and pair.words != PATTERNS:
+        bytes_[1, :128, :128] = _INSIDE
+    if pair.words == SPACES:
+        bytes_[1, :128, ord(" ")] = _APART
     found[_EMPTY], found[:, _CONTROL] = _APART, _APART
     return found
 
@@ -219,9 +223,10 @@ def _edge(context: Context, is_text: bool, wants: int, pair: Pair) -> int:
     if not tail:
         return _UNKNOWN if context.opens else _EMPTY
     unsure = wants >= 0 and (not is_text or 0x80 <= wants < 0xC0 or not context.head.startswith(tail))
-    if unsure or tail[-1:].isspace():
+    free = is_text and pair.words != PATTERNS
+    if unsure or (tail[-1:].isspace() and not free):
         return _UNKNOWN
-    return tail[-1] + 256 * (is_text and _ends_in_letters(tail, pair))
+    return tail[-1] + 256 * (free or (is_text and _ends_in_letters(tail, pair)))
 
 
 def _ends_in_letters(tail: bytes, pair: Pair) -> bool:

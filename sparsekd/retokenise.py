@@ -36,6 +36,7 @@ from .vocab_bytes import (
     valid_runs,
     vocabulary_bytes,
     with_prefix,
+    words_of,
 )
 
 # Draws are read together with at most so many bytes of the text before them: words are shorter, SentencePiece's BPE
@@ -55,6 +56,7 @@ class Pair:
         lengths: [student's V] int64 bytes.
         short: the student's tokens of at most 3 bytes: what bytes that are no text (half a character) become.
         crossed: [256, 256] bool, the neighbouring bytes that some token of the student's has inside it.
+        words: what cuts a text before the student's model does, see `vocab_bytes.words_of`.
         joints: the student's merges, where a word is cut by BPE merges, whose tokens depend on their neighbours only.
     """
 
@@ -67,6 +69,7 @@ class Pair:
     lengths: np.ndarray
     short: dict[bytes, int]
     crossed: np.ndarray
+    words: str
     joints: Joints | None
 
 
@@ -141,6 +144,7 @@ def pair_of(teacher: Any, student: Any, logit_width: int | None = None) -> Pair:
         lengths=of_student.lengths(),
         short=_short(of_student),
         crossed=crossed_bytes(of_student.of_id),
+        words=words_of(student),
         joints=joints_of(model_of(student)) if cuts_by_merges(student) else None,
     )
 

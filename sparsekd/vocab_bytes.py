@@ -24,6 +24,8 @@ from .vocab import name_of
 
 # Whether a tokenizer puts a space before a text: never, always, or unless the text begins with one.
 NEVER, ALWAYS, UNLESS_SPACE = "never", "always", "unless_space"
+# What cuts a text into words, see `words_of`.
+ONE, SPACES, PATTERNS = "one", "spaces", "patterns"
 
 _LETTERS = re.compile(rb" ?[A-Za-z]+")
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -139,6 +141,21 @@ def model_of(tokenizer: Any) -> dict[str, Any]:
     """The model part of a tokenizer.json."""
     model: dict[str, Any] = _description(tokenizer)["model"]
     return model
+
+
+def words_of(tokenizer: Any) -> str:
+    """What cuts a text before the model does: ONE (nothing does), SPACES (each begins a word), or PATTERNS (more)."""
+    description = _description(tokenizer)
+    added = [token for token in description["added_tokens"] if not token["special"]]
+    normalizers = [part for part in _parts(_without_prefix(description["normalizer"])) if part["type"] != "Sequence"]
+    cutters = [part for part in _parts(_without_prefix(description["pre_tokenizer"])) if part["type"] != "Sequence"]
+    if added or not all(map(_only_makes_spaces, [*normalizers, *cutters])):
+        return PATTERNS
+    return SPACES if any(part.get("split", True) for part in cutters) else ONE
+
+
+def _only_makes_spaces(part: dict[str, Any]) -> bool:
+    return _makes_space_pieces(part) and part.get("pattern", {"String": " "}) == {"String": " "}
 
 
 def cuts_by_merges(tokenizer: Any) -> bool:
