@@ -22,7 +22,7 @@ CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
 # Stands in for -inf, whose product with a temperature of 0 would be NaN; exp of it is 0 in every float.
 LOWEST = -1e4
 
-# An id's interval within its block ends at a whole number of 2^-40; an int64 holds 2^22 blocks' ends side by side.
+# Within a block, points and the ends of ids' intervals are rounded down to whole numbers of 2^-40; draws hang on that.
 FRACTION_BITS = 40
 
 # [N, R] points of the cumulative distribution, in [0, 1), of R rounds, ascending.
@@ -85,14 +85,28 @@ def ids_within(logits_NV: Tensor, block_P: Tensor, fraction_P: Tensor, temperatu
     """
     opens = torch.ones_like(block_P, dtype=torch.bool)
     torch.ne(block_P[1:], block_P[:-1], out=opens[1:])
-    ends = _interval_ends(tilted(_block_logits(logits_NV, block_P[opens]), temperature))
-    # One search for all points of all rows: whole numbers of 2^-40, so that no row depends on where it stands in the
-    # batch, and one opened block's numbers lie above the one's before.
-    opened = opens.cumsum(0) - 1
-    ends += torch.arange(len(ends), device=ends.device)[:, None] << FRACTION_BITS
-    target = (fraction_P * 2**FRACTION_BITS).long().clamp_(max=2**FRACTION_BITS - 1)
-    offset = torch.searchsorted(ends.flatten(), target + (opened << FRACTION_BITS), right=True) % BLOCK
-    return block_P % _blocks(logits_NV) * BLOCK + offset
+    running = _running_masses(tilted(_block_logits(logits_NV, block_P[opens]), temperature))
+    return block_P % _blocks(logits_NV) * BLOCK + _offsets(running, opens.cumsum(0) - 1, fraction_P)
+
+
+def _offsets(running_OB: Tensor, opened_P: Tensor, fraction_P: Tensor) -> Tensor:
+    """[P] how many ids of its opened block end at or below a point: `searchsorted(ends, point, right=True)` of
+    `ends = floor(running / running[-1] * 2^FRACTION_BITS)` and `point = floor(fraction * 2^FRACTION_BITS)`.
+
+    Each point is brought through its own block by halves, and only the ends it meets are divided: one search over all
+    ends takes 20 steps a point, most of them out of the cache, and all ends have to be made.
+    """
+    running, first = running_OB.flatten(), opened_P * BLOCK
+    total = running.index_select(0, first + (BLOCK - 1))
+    # A whole number is at or below another one if what it was rounded down from is below the next. The last id's end is
+    # 1, above every point.
+    above = (fraction_P * 2**FRACTION_BITS).floor_().clamp_(max=2**FRACTION_BITS - 1).add_(1)
+    at, step = first.clone(), BLOCK // 2
+    while step:
+        end = running.index_select(0, at + (step - 1)).div_(total).mul_(2**FRACTION_BITS)
+        at.add_(end < above, alpha=step)
+        step //= 2
+    return at.sub_(first)
 
 
 def block_masses(logits_NV: Tensor) -> Tensor:
@@ -184,11 +198,9 @@ def _block_logits(logits_NV: Tensor, block_O: Tensor) -> Tensor:
     return inside.masked_fill_(ids >= vocab, -torch.inf)
 
 
-def _interval_ends(logits: Tensor) -> Tensor:
-    """[opened, BLOCK] int64: where each id's interval ends within its block's mass, in units of 2^-FRACTION_BITS."""
-    mass = (logits - logits.amax(-1, keepdim=True)).exp_()
-    cumulative = mass.cumsum(-1, dtype=torch.float64)
-    return (cumulative / cumulative[:, -1:]).mul_(2**FRACTION_BITS).long()
+def _running_masses(logits: Tensor) -> Tensor:
+    """[opened, BLOCK] float64: the running sums of exp(logits - max) within each block; `logits` is written over."""
+    return logits.sub_(logits.amax(-1, keepdim=True)).exp_().cumsum(-1, dtype=torch.float64)
 
 
 def invert(mass: Tensor, uniforms_NR: Tensor) -> Tensor:
@@ -256,10 +268,10 @@ def chunks(logits_NV: Tensor, keys: Keys, extra: int = 0) -> Iterator[tuple[Tens
 def draw_parts(
     logits_NV: Tensor, keys: Keys, rounds: int, vocab_size: int | None = None
 ) -> Iterator[tuple[Tensor, Keys]]:
-    """Rows in parts whose block sums and opened blocks, in `ids_at`, fit twice the budget: small V needs many rows
+    """Rows in parts whose block sums and opened blocks, in `ids_at`, fit the budget in float64: small V needs many rows
     at a time, or calling operators costs more than they do. `vocab_size`: of all processes, where they share it."""
     blocks = -(-(vocab_size or logits_NV.shape[1]) // BLOCK)
-    return parts_of(logits_NV, keys, 4 * (blocks + BLOCK * min(rounds, blocks) + rounds))
+    return parts_of(logits_NV, keys, 8 * (blocks + BLOCK * min(rounds, blocks) + rounds))
 
 
 def parts_of(logits_NV: Tensor, keys: Keys, row_bytes: int) -> Iterator[tuple[Tensor, Keys]]:

@@ -57,6 +57,25 @@ def test_the_twin_gives_the_same_ids(vocab_size, scale):
     assert (quick != slow).float().mean() < 1e-3
 
 
+def test_the_search_by_halves_is_one_over_the_rounded_ends():
+    """Points on the ends of ids, a step of 2^-40 or of float64 beside them, anywhere; ids without mass; any scale."""
+    generator, whole = torch.Generator().manual_seed(3), 2**inversion.FRACTION_BITS
+    logits = torch.randn(40, inversion.BLOCK, generator=generator) * torch.logspace(-2, 1.5, 40)[:, None]
+    logits[::3, 4:9] = -torch.inf
+    running = inversion._running_masses(logits.clone())
+    rounded = (running / running[:, -1:] * whole).long()
+    near = [rounded.double() / whole + each for each in (0, -1 / whole, 1 / whole, 1e-16, -1e-16)]
+    near += [
+        torch.rand(40, 64, generator=generator, dtype=torch.float64),
+        torch.tensor([[0.0, 1 - 2**-53]]).expand(40, 2),
+    ]
+    points = torch.cat(near, -1).clamp_(0, 1 - 2**-53)
+    expected = torch.searchsorted(rounded, (points * whole).long().clamp_(max=whole - 1), right=True)
+    opened = torch.arange(40).repeat_interleave(points.shape[1])
+    assert torch.equal(inversion._offsets(running, opened, points.flatten()), expected.flatten())
+    assert len(expected.unique()) == inversion.BLOCK
+
+
 def test_points_at_the_ends_stay_in_the_support():
     """0 and the largest number below 1 give ids with mass, though the row begins and ends with impossible ids."""
     logits = torch.full((2, 200), -torch.inf)
