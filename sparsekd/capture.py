@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -47,7 +48,7 @@ from sparsekd.drawing import (
 )
 from sparsekd.errors import MismatchError, ModelError, RecipeError, StorageError
 from sparsekd.folder import expected_row_bytes
-from sparsekd.making import copy_tokenizer, parse_shard_range
+from sparsekd.making import copy_tokenizer, parse_shard_range, processes
 from sparsekd.manifest import shard_name
 from sparsekd.packed import RowsReader, describe_rows
 from sparsekd.position_budget import LAWS, calibrate, law_settings
@@ -59,6 +60,7 @@ from sparsekd.samplers import (
 )
 from sparsekd.shard_thread import ShardThread
 from sparsekd.sketch import curve_edges
+from sparsekd.tensor_parallel import check_parts, is_first, of_first, open_teacher_model
 
 # What a position law is calibrated on.
 CALIBRATION_TOKENS = 2**14
@@ -80,6 +82,7 @@ def capture(
     dtype: str | None = None,
     device: str | None = None,
     threads: int = 1,
+    tensor_parallel_size: int = 1,
     limit_rows: int | None = None,
     shard_range: str | None = None,
     force: bool = False,
@@ -117,6 +120,9 @@ def capture(
         device: "cpu", "cuda" or "cuda:N"; default: the accelerator where there is one.
         threads: CPU threads of this process, part of the cache's identity because the last bits of logits may depend
             on it. One by default, whatever OMP_NUM_THREADS says: give a CPU more processes (torchrun) instead.
+        tensor_parallel_size: parts that the teacher is held in, one a process of torchrun, which draw together and the
+            first of which writes; for a teacher too large for one accelerator. Part of the cache's identity: sums in
+            another order move a draw in a few thousand to a neighbouring id.
         limit_rows: only the first rows of the split.
         shard_range: "a:b" makes only the shards a .. b-1.
         force: write although the disk looks too small.
@@ -132,34 +138,41 @@ def capture(
         StorageError: the disk is, or would become, full.
     """
     check_at_least(1, batch_size=batch_size, shard_rows=shard_rows, threads=threads, limit_rows=limit_rows)
+    check_at_least(1, tensor_parallel_size=tensor_parallel_size)
     check_seed(seed)
     if not 0 < positions <= 1:
         raise RecipeError(f"positions={positions} is a share of the positions, above 0 and at most 1")
     name, parameters = _sampler(sampler)
     _check_positions_by(positions_by, positions, name)
     _check_codec(codec, name, parameters)
+    check_parts(tensor_parallel_size, name, positions_by)
     device = models.check_device(device)
     reader = RowsReader(rows, split)
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
-    model = models.open_model(teacher, dtype=dtype, device=device)
+    model = open_teacher_model(teacher, tensor_parallel_size, dtype=dtype, device=device)
     _check_teacher(model, teacher, reader)
     wanted = parameters.pop("order", None)
     with cpu_threads(threads):
         order_V = _order(model, name, wanted)
         draws = {"name": name, **parameters, "seed": seed} | order_settings(name, order_V)
         spec = _make_spec(reader, model, teacher, draws, codec, batch_size, shard_rows, limit_rows, positions)
+        if tensor_parallel_size > 1:
+            spec = replace(spec, capture=spec.capture | {"tensor_parallel_size": tensor_parallel_size})
         if positions_by != "evenly":
             spec = with_position_law(open_teacher(model, spec, order_V), reader, positions_by, positions)
         writer = CacheWriter(out, spec, engine=_engine(device))
         copy_tokenizer(reader.path, Path(out))
         source = open_teacher(model, spec, order_V)
-        todo = _share(writer.missing(parse_shard_range(shard_range, spec.shards)))
+        missing = writer.missing(parse_shard_range(shard_range, spec.shards))
+        todo = _share(missing) if tensor_parallel_size == 1 else of_first(missing, tensor_parallel_size)
         if todo:
             estimate = _preflight(source, reader, todo, Path(out), force)
-            _make_shards(source, reader, writer, todo, estimate, progress)
-    if all((Path(out) / shard_name(shard)).exists() for shard in range(spec.shards)):
-        return writer.finalize()
-    return None
+            writes = is_first(tensor_parallel_size)
+            _make_shards(source, reader, writer if writes else None, todo, estimate, progress)
+    manifest = None
+    if is_first(tensor_parallel_size) and all((Path(out) / shard_name(shard)).exists() for shard in range(spec.shards)):
+        manifest = writer.finalize()
+    return of_first(manifest, tensor_parallel_size)
 
 
 # --- the spec -------------------------------------------------------------------------------------------
@@ -339,19 +352,22 @@ def _preflight(source: Teacher, reader: RowsReader, todo: list[int], out: Path, 
 def _make_shards(
     source: Teacher,
     reader: RowsReader,
-    writer: CacheWriter,
+    writer: CacheWriter | None,
     todo: list[int],
     estimate: float,
     progress: Callable[[int, dict[str, Any]], Any] | None,
 ) -> None:
-    """Every shard's batches through the teacher; coding and writing follow on a thread of their own."""
+    """Every shard's batches through the teacher; coding and writing follow on a thread of their own, in the process
+    that has a writer."""
     spec, done = source.spec, 0
     total = sum(len(spec.shard_range(shard)) for shard in todo) * spec.seq_len
-    with ShardThread(writer, estimate) as background:
+    with ShardThread(writer, estimate) if writer else nullcontext() as background:
         for shard in todo:
             for batch in shard_batches(spec, shard):
                 rows = read_rows(reader, batch, spec)
                 drawn = source.draw(rows.input_ids, rows.supervised, batch.start)
+                if background is None:
+                    continue
                 background.put(shard, batch, rows, drawn)
                 done += len(batch) * spec.seq_len
                 if progress:
@@ -360,5 +376,5 @@ def _make_shards(
 
 def _share(shards: list[int]) -> list[int]:
     """This process's part under torchrun: every world-size-th shard."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    return [shard for shard in shards if shard % world == rank]
+    rank = int(os.environ.get("RANK", 0))
+    return [shard for shard in shards if shard % processes() == rank]

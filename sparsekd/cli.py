@@ -63,6 +63,11 @@ def repack(config: Recipe = None, settings: Settings = None, show: ShowSettings 
         )
 
 
+def _speaks() -> bool:
+    """Under torchrun, one process does."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _many(count: int, noun: str) -> str:
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
@@ -102,6 +107,8 @@ def capture(
     words += ["force=true"] if force else []
     with _bar("tok") as progress:
         manifest = _run("capture", config, words, show, progress=_capture_progress(progress))
+    if manifest is not None and "tensor_parallel_size" in manifest["spec"]["capture"] and not _speaks():
+        return
     if manifest is None:
         print("this worker's shards are made; others are still missing: the cache is complete when they are")
     else:
@@ -232,7 +239,7 @@ def train(config: Recipe = None, settings: Settings = None, show: ShowSettings =
     """Cache -> student: transformers' Trainer on the cache alone. Run again to resume."""
     with _bar("step") as progress:
         metrics = _run("train", config, settings, show, progress=False, callbacks=lambda: [_show_training(progress)])
-    if os.environ.get("RANK", "0") != "0":  # under torchrun, one process speaks
+    if not _speaks():
         return
     print(
         f"{metrics['method']}: {metrics['steps']:,} steps, {metrics['tokens']:,} tokens, "

@@ -20,12 +20,14 @@ from sparsekd.cache import CacheSpec, RowRecord
 from sparsekd.codec import CODECS, CURVES, IMPORTANCE, FlatTargets, Importance, decode
 from sparsekd.errors import MismatchError, ModelError
 from sparsekd.fused_chunks import workspace
+from sparsekd.fused_parallel import VocabularyShard
 from sparsekd.packed import PackedBatch, RowsReader
 from sparsekd.position_budget import entropies, inclusion, law_of
 from sparsekd.rng import Keys
 from sparsekd.samplers import ORDERED, SAMPLERS, ImportanceDraws, in_vocabulary, sample, sample_importance
 from sparsekd.sketch import TeacherSketch, teacher_sketch
 from sparsekd.targets import SparseTargets
+from sparsekd.tensor_parallel import own_rows
 from sparsekd.vocabulary_order import order_hash, vocabulary_order
 
 # The head's fp32 logits exist for this many bytes at a time; part of the manifest through head_chunk.
@@ -56,12 +58,14 @@ class Teacher:
     """A model with its head apart, and how rows pass it.
 
     With `order_V`, the head's logits come in this order of the ids (`Head.in_order`), and draws are made over them so.
+    With `shard`, the head has only the rows of that share of them, and other processes draw along (tensor_parallel.py).
     """
 
     model: Any
     head: models.Head
     spec: CacheSpec
     order_V: Tensor | None = None
+    shard: VocabularyShard | None = None
 
     @torch.no_grad()
     def draw(self, input_ids_BL: np.ndarray, supervised_BL: np.ndarray, first_row: int) -> Drawn:
@@ -71,7 +75,7 @@ class Teacher:
         chunk, sampler = self.spec.capture["head_chunk"], dict(self.spec.sampler)
         name, seed = sampler["name"], sampler["seed"]
         parameters = {key: sampler[key] for key in sampler_parameters(name)}
-        draw = _draw_for(self.spec.codec, self.order_V)
+        draw = _draw_for(self.spec.codec, self.order_V, self.shard)
         drawn = Drawn(parts=[])
         for start in range(0, len(rows), chunk):
             part = slice(start, start + chunk)
@@ -92,8 +96,8 @@ class Teacher:
     def _logits(self, hidden_CH: Tensor) -> Tensor:
         """[C, V] logits of a chunk, written over those of the chunk before: fresh pages cost as much as the draws."""
         weight_VH = self.head.weight_VH
-        if weight_VH is None:
-            return hidden_CH
+        if weight_VH is None or weight_VH.device.type != "cpu":
+            return self.head.logits(hidden_CH)
         return self.head.write_logits(hidden_CH, workspace(len(hidden_CH), weight_VH))
 
     def _read(self, input_ids_BL: np.ndarray, supervised_BL: np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -109,19 +113,19 @@ class Teacher:
         return rows, positions, hidden[rows, positions], ids[rows, positions + 1]
 
 
-def _draw_for(codec: dict[str, Any], order_V: Tensor | None) -> Callable[..., Part]:
+def _draw_for(codec: dict[str, Any], order_V: Tensor | None, shard: VocabularyShard | None) -> Callable[..., Part]:
     """What the codec holds: targets, draws that are not weighed yet, or sketches. Wide integers stay behind: K ids of
     every position of a batch wait on the device for the codec."""
 
     def targets(logits_CV: Tensor, tokens_C: Tensor, name: str, **settings: Any) -> SparseTargets:
-        found = sample(logits_CV, name, **settings)
+        found = sample(logits_CV, name, shard=shard, **settings)
         found = found if order_V is None else in_vocabulary(found, order_V)
         return SparseTargets(ids=found.ids.to(torch.int32), weights=found.weights)
 
     def unweighed(
         logits_CV: Tensor, tokens_C: Tensor, name: str, *, normalize: bool, **settings: Any
     ) -> ImportanceDraws:
-        found = sample_importance(logits_CV, name, **settings)
+        found = sample_importance(logits_CV, name, shard=shard, **settings)
         found = found if order_V is None else in_vocabulary(found, order_V)
         ids, counts = found.ids.to(torch.int32), found.counts.to(torch.int32)
         return replace(found, ids=ids, counts=counts, log2_p=found.log2_p.float())
@@ -137,7 +141,7 @@ def read_head(model: Any) -> models.Head:
     """The model's head when body + head give its own logits, else a stand-in that takes its logits whole."""
     with suppress(ModelError):
         if models.rebuilt_error(model) <= 0.05:
-            return models.head_of(model)
+            return models.head_of(model).whole()
     return models.Head(weight_VH=None)
 
 
@@ -154,7 +158,8 @@ def order_settings(sampler: str, order_V: Tensor | None) -> dict[str, str]:
 
 
 def open_teacher(model: Any, spec: CacheSpec, order_V: Tensor | None = None) -> Teacher:
-    """A model as the cache's spec wants it; `order_V` is found again where the spec names an order and none is given.
+    """A model, whole or in parts, as the cache's spec wants it; `order_V` is found again where the spec names an order
+    and none is given.
 
     Raises:
         MismatchError: another order than the spec's.
@@ -167,7 +172,8 @@ def open_teacher(model: Any, spec: CacheSpec, order_V: Tensor | None = None) -> 
             f"the order of the teacher's head differs: the cache was drawn in sampler.order_sha256={str(wanted)[:12]}, "
             f"here it is {str(found)[:12]}; go on with the same sparsekd, and the same dtype of the teacher"
         )
-    return Teacher(model=model, head=head if order_V is None else head.in_order(order_V), spec=spec, order_V=order_V)
+    head, shard = own_rows(head, order_V, getattr(model, "tp_size", None) or 1)
+    return Teacher(model=model, head=head, spec=spec, order_V=order_V, shard=shard)
 
 
 def sampler_parameters(sampler: str) -> dict[str, Any]:

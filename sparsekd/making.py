@@ -1,4 +1,5 @@
-"""What makers of caches do beside writing shards: which of them are asked for, and the tokenizer that goes along."""
+"""What makers of caches do beside writing shards: how many there are, which shards are asked for, and the tokenizer
+that goes along."""
 
 from __future__ import annotations
 
@@ -8,6 +9,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from .errors import RecipeError
+
+
+def processes() -> int:
+    """How many work together: as many as torchrun started, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def parse_shard_range(text: str | None, shards: int) -> range:

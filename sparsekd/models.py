@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from sparsekd import vocab
 from sparsekd.errors import MismatchError, ModelError, RecipeError, SparseKDError
+from sparsekd.fused_parallel import gathered
 
 
 def _llama(hidden: int, layers: int, heads: int, groups: int, ffn: int) -> dict[str, int]:
@@ -88,6 +89,13 @@ class Head:
         bias = None if self.bias is None else self.bias[order_V]
         return replace(self, weight_VH=self.weight_VH[order_V], bias=bias)
 
+    def whole(self) -> Head:
+        """The head with all of its rows, where processes hold a part each (DTensors); all must ask for it."""
+        if self.weight_VH is None:
+            return self
+        bias = None if self.bias is None else gathered(self.bias)
+        return replace(self, weight_VH=gathered(self.weight_VH), bias=bias)
+
 
 def default_device() -> str:
     """ "cuda" (the local rank's, under torchrun) when there is one, else "cpu"."""
@@ -123,15 +131,17 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def open_model(path: str, *, dtype: str = "float32", device: str | None = None) -> Any:
+def open_model(path: str, *, dtype: str = "float32", device: str | None = None, **settings: Any) -> Any:
     """A pretrained causal language model in eval mode, from a local folder or a hub id.
+
+    `settings` go to `from_pretrained`, which with a `distributed_config` chooses the device itself.
 
     Raises:
         ModelError: nothing there, or not a causal language model; RecipeError: unknown dtype or device.
     """
     from transformers import AutoModelForCausalLM
 
-    return _open(path, AutoModelForCausalLM, "a causal language model", dtype=dtype, device=device)
+    return _open(path, AutoModelForCausalLM, "a causal language model", dtype=dtype, device=device, **settings)
 
 
 def open_answering_model(path: str, *, dtype: str = "float32", device: str | None = None) -> Any:
@@ -156,7 +166,7 @@ def is_encoder_decoder(student: Any) -> bool:
     return bool(getattr(config, "is_encoder_decoder", False))
 
 
-def _open(path: str, kind: Any, words: str, *, dtype: str, device: str | None) -> Any:
+def _open(path: str, kind: Any, words: str, *, dtype: str, device: str | None, **settings: Any) -> Any:
     if dtype not in DTYPES:
         raise RecipeError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
     device = check_device(device)
@@ -165,7 +175,7 @@ def _open(path: str, kind: Any, words: str, *, dtype: str, device: str | None) -
             f"no model at {path}: the folder does not exist; give one that save_pretrained wrote, or an id"
         )
     try:
-        model = kind.from_pretrained(str(Path(path).expanduser()), dtype=DTYPES[dtype])
+        model = kind.from_pretrained(str(Path(path).expanduser()), dtype=DTYPES[dtype], **settings)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # OSError, ValueError, KeyError, SafetensorError, hub errors: no common class
@@ -173,6 +183,8 @@ def _open(path: str, kind: Any, words: str, *, dtype: str, device: str | None) -
             f"cannot open {path!r} as {words}: {_first_line(error)}; give a folder that "
             "save_pretrained wrote, or a model's id"
         ) from error
+    if settings and model.device.type != torch.device(device).type:
+        raise RecipeError(f"device={device}, but transformers splits a model over {model.device.type} here; give that")
     return model.to(device).eval()
 
 
@@ -335,7 +347,7 @@ def rebuilt_error(model: Any) -> float:
     """
     inner, was_training = inner_model(model), model.training
     inner.eval()
-    head = head_of(model)
+    head = head_of(model).whole()
     assert head.weight_VH is not None
     width = min(len(head.weight_VH), inner.get_input_embeddings().weight.shape[0])
     probe = (torch.arange(16, device=head.weight_VH.device) * 7919 % width)[None]
@@ -447,7 +459,7 @@ def weights_hash(model: Any) -> str:
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        data = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
+        data = gathered(tensor).detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {crc32c.crc32c(data):08x}\n".encode())
     return digest.hexdigest()
 

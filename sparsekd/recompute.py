@@ -14,10 +14,13 @@ from sparsekd.checks import check_at_least
 from sparsekd.codec import FlatTargets, decode, encode
 from sparsekd.drawing import Teacher, cpu_threads, flat_rows, open_teacher, shard_batches
 from sparsekd.errors import MismatchError
+from sparsekd.making import processes
+from sparsekd.tensor_parallel import open_teacher_model
 
 
 def recompute(cache: CacheReader, teacher: str, rows: int, seed: int = 0, device: str | None = None) -> dict[str, Any]:
-    """Draw the targets of some random rows again, in their own batches, and compare them with the cache's.
+    """Draw the targets of some random rows again, in their own batches, and compare them with the cache's; under a
+    torchrun of as many processes as made the cache with `tensor_parallel_size`, by a teacher in those parts.
 
     Returns:
         rows, positions, identical (rows equal bit for bit), differing (positions that differ) and drift (mean total
@@ -33,7 +36,8 @@ def recompute(cache: CacheReader, teacher: str, rows: int, seed: int = 0, device
         raise MismatchError(
             f"{cache.path} was not drawn from a teacher but made of other caches; verify those with their teachers"
         )
-    model = models.open_model(teacher, dtype=spec.teacher["dtype"], device=device)
+    size = spec.capture.get("tensor_parallel_size", 1)
+    model = open_teacher_model(teacher, size if size == processes() else 1, dtype=spec.teacher["dtype"], device=device)
     found = models.describe(model, teacher)["weights"]
     if found != spec.teacher["weights"]:
         raise MismatchError(

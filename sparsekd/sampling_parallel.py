@@ -110,10 +110,15 @@ def sample_split(
         MismatchError: shares that do not make up the vocabulary, or processes that do not sample the same.
         ModelError: logits that are NaN or +inf in any process, or -inf in all.
     """
-    if sampler not in SPLIT_SAMPLERS:
-        raise RecipeError(f"{sampler} needs all logits in one place; a split head has: {', '.join(SPLIT_SAMPLERS)}")
+    check_split(sampler)
     split = agree(logits_NV, keys, shard, (sampler, sorted(parameters.items())))
     return SPLIT_SAMPLERS[sampler](logits_NV, keys, split, **parameters)
+
+
+def check_split(sampler: str) -> None:
+    """RecipeError for a sampler that a split head does not have."""
+    if sampler not in SPLIT_SAMPLERS:
+        raise RecipeError(f"{sampler} needs all logits in one place; a split head has: {', '.join(SPLIT_SAMPLERS)}")
 
 
 def agree(logits_NV: Tensor, keys: Keys, shard: VocabularyShard, settings: Any) -> Split:

@@ -15,6 +15,7 @@ from sparsekd.cross_set import open_cross_heldout, open_cross_set, tokenizer_of
 from sparsekd.cross_student import CROSS_METHODS, CrossCollator, attach_cross_kd
 from sparsekd.errors import RecipeError
 from sparsekd.files import write_json
+from sparsekd.making import processes
 from sparsekd.overlay import OverlaidRows
 from sparsekd.prompted import PromptedRows
 from sparsekd.student import CacheDataset, SparseKDCollator, attach_full_kd, attach_sparse_kd, pace, student_trainer
@@ -25,7 +26,6 @@ from sparsekd.training_run import (
     mean_logged,
     readable_log,
     start,
-    world,
 )
 from sparsekd.training_set import (
     TrainingSet,
@@ -150,7 +150,7 @@ def train(
     """
     recipe = {k: v for k, v in locals().items() if k not in ("callbacks", "progress")}
     out = Path(out).expanduser()
-    recipe = json.loads(json.dumps(recipe | {"out": out, "processes": world()}, default=str))
+    recipe = json.loads(json.dumps(recipe | {"out": out, "processes": processes()}, default=str))
     check_settings(recipe)
     if (metrics := finished(out, recipe)) is not None:
         return metrics

@@ -11,6 +11,7 @@ from typing import Any
 from sparsekd.checks import make_folder
 from sparsekd.errors import MismatchError
 from sparsekd.files import write_json
+from sparsekd.making import processes
 
 # Settings that may change between the parts of one run.
 _FREE = {
@@ -28,11 +29,6 @@ _FREE = {
 _PATHS = ("cache", "rows", "eval_rows", "teacher", "tokenizer", "student")
 
 
-def world() -> int:
-    """How many processes train together."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
 def last_checkpoint(out: Path) -> str | None:
     """The newest checkpoint that was written whole (its trainer state comes last)."""
     found = [p for p in out.glob("checkpoint-*") if _is_whole(p)]
@@ -44,7 +40,7 @@ def _is_whole(checkpoint: Path) -> bool:
         json.loads((checkpoint / "trainer_state.json").read_text())
     except (OSError, ValueError):  # a kill while it was written leaves half a file
         return False
-    return len(list(checkpoint.glob("rng_state*"))) >= world()
+    return len(list(checkpoint.glob("rng_state*"))) >= processes()
 
 
 def finished(out: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:

@@ -90,6 +90,7 @@ LAYERS: dict[str, set[str]] = {
         "packing",
         "rows",
         "models",
+        "tensor_parallel",
         "generation",
         "instructions",
         "endpoint",
