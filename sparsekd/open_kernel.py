@@ -3,12 +3,13 @@
 Where the teacher's token that really came was open (see `fates`), the text shows which of its set's tokens it became.
 Counted over rows, that says what other draws of the same set may become, whatever the context:
 
-    M(v | s)  =  (n(s, v) + d(s) u(v | s)) / (n(s) + d(s)),      u(v | s)  =  (n(v) + 1) / Σ_{v' in s} (n(v') + 1)
+    M(v | s)  =  (n(s, v) + d(s) / |s|) / (n(s) + d(s))
 
-with n(s, v) how often set s became v, n(s) their sum over v, d(s) how many different v it became (at least 1) and n(v)
-how often the rows have v: Witten and Bell's smoothing, which backs off to unigrams in the set. Every token of a set has
-some mass, and each set's sum to 1. So the mean over draws is what the kernel makes of the teacher's distribution,
-exactly; that is the teacher only as far as what came before does not tell more than s does.
+with n(s, v) how often set s became v, n(s) their sum over v, and d(s) how many different v it became (at least 1):
+Witten and Bell's smoothing. Every token of a set has some mass, and each set's sum to 1. So the mean over draws is what
+the kernel makes of the teacher's distribution, exactly; that is the teacher only as far as what came before does not
+tell more than s does. Backing off to the tokens' own frequencies, not to all of the set alike, is worse on held-out
+rows: they are the same counts once more, and what was never seen is discounted twice (docs/LOG.md).
 
 Shapes: S sets, E tokens of all sets (one in several sets counts in each), M weighted sets.
 """
@@ -33,7 +34,7 @@ LIKELIEST, SAMPLED = 4, 2
 
 
 class Counts(NamedTuple):
-    """How often each set became each token; the set after the last one is the whole vocabulary.
+    """How often each set became each token.
 
     Attributes:
         keys: [K] int64 set V + token, ascending; counts: [K] int64, none 0.
@@ -47,10 +48,9 @@ class Counts(NamedTuple):
         return hashlib.sha256(np.concatenate(self).astype("<i8").tobytes()).hexdigest()
 
 
-def counted(sets: Array, became: Array, tokens: Array, table: SetTable) -> Counts:
-    """Counts of some rows: sets [any] and what each became, tokens [any] all that the rows have."""
-    keys = np.concatenate([sets * table.vocab_size + became, len(table) * table.vocab_size + tokens])
-    return Counts(*np.unique(keys, return_counts=True))
+def counted(sets: Array, tokens: Array, table: SetTable) -> Counts:
+    """Counts of sets [any] and the token that each became [any]."""
+    return Counts(*np.unique(sets * table.vocab_size + tokens, return_counts=True))
 
 
 def added(parts: Sequence[Counts]) -> Counts:
@@ -84,10 +84,8 @@ def kernel_of(counts: Counts, table: SetTable) -> Kernel:
     first = np.cumsum([0, *size.tolist()])
     tokens = table.order[np.arange(first[-1]) + (table.first - first[:-1])[which]]
     came = _of(counts, which * table.vocab_size + tokens)
-    unigrams = _of(counts, len(table) * table.vocab_size + tokens) + 1
     kinds = np.bincount(which, came > 0, len(table)).clip(1)
-    shares = came + (kinds / np.bincount(which, unigrams, len(table)))[which] * unigrams
-    shares /= np.bincount(which, shares, len(table))[which]
+    shares = (came + (kinds / size)[which]) / (np.bincount(which, came, len(table)) + kinds)[which]
     order = np.lexsort((-shares, which))  # equal ones as they stand in the table: by bytes, not by number
     return Kernel(first=first, tokens=tokens[order], shares=shares[order], ends=np.cumsum(shares[order]))
 

@@ -70,10 +70,9 @@ def transcode_records(
 
 
 def count_sets(records: Sequence[RowRecord], answers: Answers, chain: int) -> Counts:
-    """What the open draws that came became in some rows, and how often these have each token."""
-    rows, draws, places = _laid_over(records, answers)
-    tokens = np.concatenate([row.ids for row in rows])
-    return counted(*became(draws, places, answers, chain), tokens, answers.sets.table)
+    """What the open draws that came became in some rows."""
+    _, draws, places = _laid_over(records, answers)
+    return counted(*became(draws, places, answers, chain), answers.sets.table)
 
 
 def _laid_over(records: Sequence[RowRecord], answers: Answers) -> tuple[list[StudentRow], Draws, Places]:

@@ -124,14 +124,13 @@ def slow_counts(slow, *, chain):
     return found
 
 
-def slow_kernel(found, unigrams, sets):
+def slow_kernel(found, sets):
     """{(token, by_cuts): {v: share}} of sets {(token, by_cuts): members}: Witten and Bell's smoothing, set by set."""
     kernel = {}
     for name, members in sets.items():
         came = {v: found[*name, v] for v in members}
-        kinds, among = max(1, sum(n > 0 for n in came.values())), sum(unigrams[v] + 1 for v in members)
-        total = sum(came.values()) + kinds
-        kernel[name] = {v: (n + kinds * (unigrams[v] + 1) / among) / total for v, n in came.items()}
+        kinds = max(1, sum(n > 0 for n in came.values()))
+        kernel[name] = {v: (n + kinds / len(came)) / (sum(came.values()) + kinds) for v, n in came.items()}
     return kernel
 
 

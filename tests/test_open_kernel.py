@@ -28,25 +28,25 @@ TABLE = SetTable(
 
 
 def test_the_formula_by_hand():
-    """Set 0 became 3 twice and 1 once, n(v) = 1, 4, 0, 5; nothing was seen of set 2."""
+    """Set 0 became 3 twice and 1 once; nothing was seen of set 2, whose tokens are alike then."""
     sets, tokens = np.array([0, 0, 0]), np.array([3, 1, 3])
-    rows = np.array([1, 1, 3, 3, 3, 3, 3, 1, 1, 0])
-    counts = added([counted(sets[:1], tokens[:1], rows[:4], TABLE), counted(sets[1:], tokens[1:], rows[4:], TABLE)])
+    counts = added([counted(sets[:1], tokens[:1], TABLE), counted(sets[1:], tokens[1:], TABLE)])
     kernel = kernel_of(counts, TABLE)
     assert kernel.first.tolist() == [0, 3, 4, 8]
-    assert kernel.tokens.tolist() == [3, 1, 0, 1, 3, 1, 0, 2]
-    among = 6 + 5 + 2  # of set 0, each counted once more
-    by_hand = [(2 + 2 * 6 / among) / 5, (1 + 2 * 5 / among) / 5, (2 * 2 / among) / 5, 1]
-    assert kernel.shares == pytest.approx([*by_hand, 6 / 14, 5 / 14, 2 / 14, 1 / 14])
-    whole = counted(sets, tokens, rows, TABLE)
-    assert whole.sha256() == counts.sha256() != counted(sets, tokens[::-1] * 0 + 3, rows, TABLE).sha256()
+    assert kernel.tokens.tolist() == [3, 1, 0, 1, *TABLE.order]
+    assert kernel.shares == pytest.approx([(2 + 2 / 3) / 5, (1 + 2 / 3) / 5, (2 / 3) / 5, 1, *[1 / 4] * 4])
+    assert kernel_of(counted(sets[:0], tokens[:0], TABLE), TABLE).shares == pytest.approx(
+        [*[1 / 3] * 3, 1, *[1 / 4] * 4]
+    )
+    whole = counted(sets, tokens, TABLE)
+    assert whole.sha256() == counts.sha256() != counted(sets, tokens * 0 + 3, TABLE).sha256()
 
 
 def random_kernel(rng, tokens=40):
     """Two sets: all of 40 tokens, and the first LIKELIEST + SAMPLED of them."""
     few = LIKELIEST + SAMPLED
     table = SetTable(vocab_size=tokens, order=np.arange(tokens), first=np.zeros(2, int), last=np.array([tokens, few]))
-    counts = Counts(np.arange(3 * tokens), rng.zipf(1.5, 3 * tokens))
+    counts = Counts(np.arange(2 * tokens), rng.zipf(1.5, 2 * tokens))
     return kernel_of(counts, table)
 
 
@@ -145,7 +145,7 @@ def counts_of(pair, kinds):
         shares, draws, places, firsts, answers, _ = laid_out(pair, kind)
         for at, share in zip(firsts, shares, strict=True):
             one = Places(source=places.source[[at]], context=places.context[[at]], labels=places.labels[[at]])
-            found = counted(*became(draws, one, answers, 1), one.labels, answers.sets.table)
+            found = counted(*became(draws, one, answers, 1), answers.sets.table)
             parts.append(Counts(found.keys, found.counts * round(1e7 * share)))
     return added(parts)
 
