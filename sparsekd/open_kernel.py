@@ -28,7 +28,7 @@ from .set_table import SetTable
 
 Array = NDArray[Any]
 
-# A set of more tokens than both together becomes its likeliest tokens and a sample of the others: 0.3 to 4 % more noise
+# A set of more tokens than both together becomes its likeliest tokens and a sample of the others: 0.5 to 5 % more noise
 # than the draws have, and 108 ids a position where whole sets take 268 (docs/LOG.md).
 LIKELIEST, SAMPLED = 4, 2
 
