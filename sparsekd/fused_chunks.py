@@ -2,7 +2,7 @@
 
 Shapes: N rows, C rows of a chunk, H hidden size, V vocabulary (of this process), K kept ids.
 
-    logits_CV = hidden_CH @ head_VH.T;   row_losses turns them into g = dloss/dlogits in place;
+    logits_CV = f hidden_CH @ head_VH.T;   row_losses turns them into g = dloss/d(hidden_CH @ head_VH.T) in place;
     dhidden_CH = g @ head_VH;            dhead_VH += g.T @ hidden_CH
 
 Three products and no more: gradients are made with the forward pass. The rows of `row_losses` are worked on in float32
@@ -107,9 +107,9 @@ def loss_and_gradients(
     for part in _parts(len(rows), step):
         chosen = part if picks is None else picks[part]
         hidden_CH = hidden_NH[chosen].to(compute)
-        logits_CV = head_product(hidden_CH, head)
         scale = scale_N[part] if wanted.any else None
-        kernel = _row_kernel(logits_CV, rows) if merge is None else None
+        kernel = _row_kernel(head.device, rows) if merge is None else None
+        logits_CV = head_product(hidden_CH, head, 1.0 if kernel else form.factor(options.temperature))
         if kernel is not None:
             losses = kernel(logits_CV, rows[part], scale, bias, form, options)
         else:
@@ -146,13 +146,13 @@ def finish_(head_VH: Tensor, grad_CV: Tensor, hidden_CH: Tensor, factor: float, 
     return head_VH
 
 
-def head_product(hidden_CH: Tensor, head_VH: Tensor) -> Tensor:
-    """hidden_CH @ head_VH.T in the thread's workspace."""
+def head_product(hidden_CH: Tensor, head_VH: Tensor, factor: float = 1.0) -> Tensor:
+    """factor * hidden_CH @ head_VH.T in the thread's workspace; a product has a factor for nothing."""
     logits_CV = workspace(len(hidden_CH), head_VH)
-    if logits_CV.device.type != "cpu" or torch.get_num_threads() > 1:  # threads would meet once a block
-        return torch.mm(hidden_CH, head_VH.T, out=logits_CV)
-    for block in _parts(len(head_VH), COLUMNS):
-        torch.mm(hidden_CH, head_VH[block].T, out=logits_CV[:, block])
+    nothing = torch.zeros((), dtype=logits_CV.dtype, device=logits_CV.device)
+    whole = logits_CV.device.type != "cpu" or torch.get_num_threads() > 1  # threads would meet once a block
+    for block in _parts(len(head_VH), len(head_VH) if whole else COLUMNS):
+        torch.addmm(nothing, hidden_CH, head_VH[block].T, beta=0, alpha=factor, out=logits_CV[:, block])
     return logits_CV
 
 
@@ -165,13 +165,18 @@ def chunk_losses_(
     options: LossOptions,
     merge: Merge | None = None,
 ) -> Tensor:
-    """Losses [C] of a chunk's products h Wᵀ; overwrites them with `scale` [C] times the loss's derivative by them."""
+    """Losses [C] of a chunk's products h Wᵀ, which come times `form.factor`.
+
+    Overwrites them with `scale` [C] times the loss's derivative by h Wᵀ.
+    """
     working, parts = rows.mass.dtype, list(row_chunks(logits_CV))
+    bias = None if bias is None else bias.to(working) * form.factor(options.temperature)
+    scale = None if scale is None else scale * form.scale
     losses = torch.empty_like(rows.mass)
 
     def read(part: slice) -> tuple[Tensor, Tensor | None, Seen]:
         tile = logits_CV[part].to(working)  # the same memory when it is float32 already
-        slope = _apply_(tile, bias, form)
+        slope = _apply_(tile, bias, form, options.temperature)
         return tile, slope, read_(tile, rows[part], options)
 
     def write(part: slice, tile: Tensor, slope: Tensor | None, seen: Seen) -> None:
@@ -180,8 +185,6 @@ def chunk_losses_(
             return
         if slope is not None:
             tile *= slope
-        elif form.scale != 1:
-            tile *= form.scale
         if logits_CV.dtype != working:
             logits_CV[part] = tile
 
@@ -203,26 +206,23 @@ def _put(grad_NH: Tensor, chosen: slice | Tensor, grad_CV: Tensor, head_VH: Tens
         grad_NH[chosen] = torch.mm(grad_CV, head_VH).to(grad_NH.dtype)
 
 
-def _row_kernel(logits_CV: Tensor, rows: Rows) -> Callable[..., Tensor] | None:
+def _row_kernel(device: torch.device, rows: Rows) -> Callable[..., Tensor] | None:
     """The Triton kernel in the place of `chunk_losses_`, where there is a GPU, Triton, and it can compute `rows`."""
-    if logits_CV.device.type != "cuda" or not find_spec("triton"):
+    if device.type != "cuda" or not find_spec("triton"):
         return None
     from sparsekd import fused_triton
 
     return fused_triton.chunk_losses_ if fused_triton.fits(rows) else None
 
 
-def _apply_(tile_CV: Tensor, bias: Tensor | None, form: HeadForm) -> Tensor | None:
-    """The head's form on a tile of products; returns the soft-cap's slope (with `scale` in it) where there is one."""
+def _apply_(tile_CV: Tensor, bias: Tensor | None, form: HeadForm, temperature: float) -> Tensor | None:
+    """A tile of products (and a bias), times `form.factor`, becomes z / T; returns a soft-cap's slope."""
     if bias is not None:
         tile_CV += bias
     if form.softcap is None:
-        if form.scale != 1:
-            tile_CV *= form.scale
         return None
-    tile_CV.mul_(form.scale / form.softcap).tanh_()
-    slope = tile_CV.square().neg_().add_(1).mul_(form.scale)
-    tile_CV *= form.softcap
+    slope = tile_CV.tanh_().square().neg_().add_(1)
+    tile_CV *= form.softcap / temperature
     return slope
 
 

@@ -85,8 +85,8 @@ class VocabularyShard:
         found = [dict(zip(names, part, strict=True)) for part in parts]
         whole = {name: torch.stack([part[name] for part in found]) for name in names}
         largest = whole["largest"].amax(0)
-        hard = (whole["largest"] - largest).exp()
-        soft = hard if temperature == 1 else ((whole["largest"] - largest) / temperature).exp()
+        soft = (whole["largest"] - largest).exp()
+        hard = soft if temperature == 1 else (temperature * (whole["largest"] - largest)).exp()
         factors = {"total": soft, "rest": soft, "hard_total": hard, "dot": torch.ones_like(soft)}
         sums = {name: (whole[name] * factors[name]).sum(0) for name in names if name != "largest"}
         rank = dist.get_rank(self.group)

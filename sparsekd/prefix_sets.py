@@ -135,13 +135,11 @@ def _entries(sets: PrefixSets, row: Tensor, index: Tensor, signed: Tensor, count
     return SetEntries(sets=sets, row=row, index=index, signed=signed, cuts=counts.cumsum(0).tolist())
 
 
-def read_sets(logits_CV: Tensor, entries: SetEntries, temperature: float) -> SetsSeen:
-    """Log-sum-exps of the rows' sets, each over its own tokens: a difference of sums loses small masses."""
+def read_sets(logits_CV: Tensor, entries: SetEntries) -> SetsSeen:
+    """Log-sum-exps of z / T over the rows' sets, each over its own tokens: a difference of sums loses small masses."""
     which, tokens = entries.sets.tokens(entries.index, entries.cuts[-1][1] - entries.cuts[0][1])
     at = (entries.row * logits_CV.shape[-1]).index_select(0, which) + tokens
     shares = logits_CV.view(-1).index_select(0, at)
-    if temperature != 1:
-        shares /= temperature
     lowest = torch.full_like(entries.signed, torch.finfo(shares.dtype).min)  # where all of a set's logits are -inf
     largest = lowest.scatter_reduce_(0, which, shares, "amax")
     shares.sub_(largest.index_select(0, which)).exp_()

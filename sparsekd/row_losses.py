@@ -10,7 +10,8 @@ where `sparse` holds (κ/T) t at the kept ids and α at the true token y: at T =
 uniform, so no variant costs a further pass over V; at T ≠ 1 an α or ζ costs a second exponential. Targets that are
 sets of tokens (`prefix_sets`) add their masses to S, and what they subtract lies at their tokens.
 
-`read_` and `write_` meet between the two passes, where a vocabulary that is split over processes is summed up.
+`read_` and `write_` meet between the two passes, where a vocabulary that is split over processes is summed up. They are
+given z / T: a product with the head's weights is divided by T for nothing.
 """
 
 from __future__ import annotations
@@ -92,6 +93,10 @@ class HeadForm:
 
     scale: float = 1.0
     softcap: float | None = None
+
+    def factor(self, temperature: float) -> float:
+        """What h Wᵀ + bias is multiplied by before a tanh, or (without one) to be z / T."""
+        return self.scale / (temperature if self.softcap is None else self.softcap)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -197,14 +202,14 @@ class Seen:
     """What one pass over the logits found, per row [C]; of a part of the vocabulary, or (see `merge`) of all of it.
 
     Attributes:
-        largest: max z.
-        total: Σ exp((z - largest) / T).
+        largest: max z / T.
+        total: Σ exp(z / T - largest).
         dot: Σ sparse z + Σ uniform z.
-        hard_total: Σ exp(z - largest), or None where that is `total` or not needed.
-        rest: Σ exp((z - largest) / T) over the ids under the ghost token, or None.
-        unit: what the buffer must be multiplied by to be exp((z - largest) / T).
-        hard_unit: what `hard_CV` must be multiplied by to be exp(z - largest), or None.
-        picked: [C, J] z at the kept ids, for the ghost token; or None.
+        hard_total: Σ exp(z - T largest), or None where that is `total` or not needed.
+        rest: Σ exp(z / T - largest) over the ids under the ghost token, or None.
+        unit: what the buffer must be multiplied by to be exp(z / T - largest).
+        hard_unit: what `hard_CV` must be multiplied by to be exp(z - T largest), or None.
+        picked: [C, J] z / T at the kept ids, for the ghost token; or None.
         hard_CV: softmax(z) of the own ids, up to a factor a row; or None.
         sets: what was read of the targets that are sets, or None.
     """
@@ -222,7 +227,7 @@ class Seen:
 
 
 def read_(logits_CV: Tensor, rows: Rows, options: LossOptions) -> Seen:
-    """First pass: leaves softmax(z / T) in `logits_CV` (0 at the kept ids, where there is a ghost token).
+    """First pass over z / T: leaves its softmax in `logits_CV` (0 at the kept ids, where there is a ghost token).
 
     Not exp and a sum: torch's softmax is faster than its exp alone. The largest of its numbers is 1 / Σ exp(z - max z).
     """
@@ -231,13 +236,15 @@ def read_(logits_CV: Tensor, rows: Rows, options: LossOptions) -> Seen:
     dot = (rows.sparse * picked).sum(-1)
     if rows.uniform is not None:
         dot += rows.uniform * logits_CV.sum(-1)
-    sets = None if rows.sets is None else read_sets(logits_CV, rows.sets, options.temperature)
+    dot *= options.temperature
+    sets = None if rows.sets is None else read_sets(logits_CV, rows.sets)
     largest = logits_CV.amax(-1)
     squared = options.two_softmaxes and options.temperature == 2  # then exp(z) is the square of exp(z / T)
-    hard_CV = logits_CV.softmax(-1) if options.two_softmaxes and not squared else None
+    hard_CV = None
+    if options.two_softmaxes and not squared:
+        hard_CV = logits_CV * options.temperature
+        torch.softmax(hard_CV, -1, out=hard_CV)  # in place: a second new tile costs more than both softmaxes
     hard_total = hard_unit = None if hard_CV is None else hard_CV.amax(-1).reciprocal()
-    if options.temperature != 1:
-        logits_CV /= options.temperature
     torch.softmax(logits_CV, -1, out=logits_CV)
     total = unit = logits_CV.amax(-1).reciprocal()
     if squared:
@@ -266,8 +273,8 @@ def read_(logits_CV: Tensor, rows: Rows, options: LossOptions) -> Seen:
 def write_(logits_CV: Tensor, rows: Rows, seen: Seen, options: LossOptions, scale: Tensor | None) -> Tensor:
     """Losses [C]; with `scale` [C], turns what `read_` left into scale * dloss/dz (else leaves scratch)."""
     alpha, zeta, temperature = options.ce_weight, options.z_loss, options.temperature
-    soft_lse = seen.largest / temperature + seen.total.log()
-    hard_lse = soft_lse if seen.hard_total is None else seen.largest + seen.hard_total.log()
+    soft_lse = seen.largest + seen.total.log()
+    hard_lse = soft_lse if seen.hard_total is None else temperature * seen.largest + seen.hard_total.log()
     losses = rows.mass * soft_lse - seen.dot + rows.constant
     inside = outside = rows.mass
     if rows.missing is not None and seen.rest is not None:
@@ -293,7 +300,7 @@ def write_(logits_CV: Tensor, rows: Rows, seen: Seen, options: LossOptions, scal
         logits_CV -= (scale * rows.uniform)[:, None]
     sparse = rows.sparse
     if rows.kept is not None and seen.picked is not None:  # taken out by `read_`: they get p - t here
-        sparse = sparse - inside[:, None] * (seen.picked / temperature - soft_lse[:, None]).exp() * rows.kept
+        sparse = sparse - inside[:, None] * (seen.picked - soft_lse[:, None]).exp() * rows.kept
     logits_CV.scatter_add_(-1, rows.ids, -scale[:, None] * sparse)
     if rows.sets is not None and seen.sets is not None:
         subtract_sets_(logits_CV, rows.sets, seen.sets, scale / temperature)
@@ -308,6 +315,8 @@ def losses_(logits_CV: Tensor, rows: Rows, options: LossOptions, scale: Tensor |
     losses = torch.empty_like(rows.mass)
     for part in row_chunks(logits_CV):
         tile, some = logits_CV[part], rows[part]
+        if options.temperature != 1:
+            tile /= options.temperature
         losses[part] = write_(tile, some, read_(tile, some, options), options, None if scale is None else scale[part])
     return losses
 

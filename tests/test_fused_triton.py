@@ -67,7 +67,7 @@ def test_equals_the_rows_in_torch(kernel, form, mix, residual, dtype):
         products = products.clamp(min=-9)
     products = products.to(dtype)
     bias = bias if FORMS[form].get("bias") else None
-    truth = products.double()
+    truth = products.double() * shape.factor(options.temperature)
     want = fused_chunks.chunk_losses_(truth, rows, factors, bias, shape, options)
     arguments = (single(factors), None if bias is None else single(bias), shape, options)
     assert kernel.fits(single(rows))
