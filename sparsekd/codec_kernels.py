@@ -33,7 +33,7 @@ _LONGS, _LONGS_2D = (types.Array(types.int64, axes, "C", readonly=True) for axes
 _FLAGS_2D = types.Array(types.boolean, 2, "C", readonly=True)
 
 
-def _compiled(*arguments: Any) -> Callable[[Any], Any]:
+def compiled_for(*arguments: Any) -> Callable[[Any], Any]:
     """Compiles for these arguments when this module is imported, and keeps the code on disk: in __pycache__ or, if that
     is read-only, in the user's cache folder (numba's NUMBA_CACHE_DIR). Where neither works, each process
     compiles."""
@@ -47,7 +47,7 @@ def _compiled(*arguments: Any) -> Callable[[Any], Any]:
     return compile_it
 
 
-@_compiled(_BYTES, _BYTES, _LONG, _NUMBERS, _OUT32)
+@compiled_for(_BYTES, _BYTES, _LONG, _NUMBERS, _OUT32)
 def ints(classes, data, end, first, values):
     """`codec_ints.decode_ints` below the zstd frame: fills values [T] and returns where the raw bytes end, or -1.
 
@@ -208,7 +208,9 @@ def _split_row(row, positions, rounds, width, supervised, table, scratches, seen
     return entries
 
 
-@_compiled(_BYTES, _BYTES, _LONG, _NUMBERS, _LONG, _LONG, _LONG, _FLAGS, _NUMBERS, _OUT8, _OUT32, _OUT32, _LONG, _OUT32)
+@compiled_for(
+    _BYTES, _BYTES, _LONG, _NUMBERS, _LONG, _LONG, _LONG, _FLAGS, _NUMBERS, _OUT8, _OUT32, _OUT32, _LONG, _OUT32
+)
 def split(classes, data, end, first, positions, rounds, width, supervised, table, starts, heads, seen, mark, tokens):
     """`codec_split.decode_split_row` below its zstd frame: whether it is sound, ids [M], counts [M], sizes [P].
 
@@ -233,7 +235,7 @@ def split(classes, data, end, first, positions, rounds, width, supervised, table
     return entries >= 0, ids[: max(entries, 0)], counts[: max(entries, 0)], sizes
 
 
-@_compiled(
+@compiled_for(
     *(_LONGS_2D, _BYTES, _BYTES, _NUMBERS, _LONG, _LONG, _FLAGS_2D, _LONGS),
     *(_OUT8, _OUT32, _OUT32, _LONG, types.uint32[:, ::1], _OUT32, _OUT32, types.int64[::1]),
 )
@@ -290,7 +292,7 @@ _KEYS, _WANTED = types.uint32[::1], types.uint64[::1]
 _NONE = np.uint64(2**63)
 
 
-@_compiled(
+@compiled_for(
     *(_NUMBERS, _NUMBERS, _SIZES, _NUMBERS, _FLAGS, _NUMBERS),
     *(_LONG, _LONG, _LONG, _LONG, _OUT32, _LONG, _KEYS, _WANTED, _OUT32),
 )
@@ -368,7 +370,7 @@ def sort_keys(
     return (telling if at == len(ids) else -1), filled, multiple
 
 
-@_compiled(
+@compiled_for(
     *(_KEYS, _SIZES, _WANTED, _NUMBERS, _LONG, _LONG, _LONG, _LONG, _LONG),
     *(_OUT32, _OUT8, _OUT8, _OUT8),
 )
@@ -437,7 +439,7 @@ def streams(keys, sizes, wanted, spelled, filled, multiple, rounds, id_bits, row
     return np.int64(low), np.int64(second)
 
 
-@_compiled(_NUMBERS, _NUMBERS, _SIZES, _FLAGS, _OUT32)
+@compiled_for(_NUMBERS, _NUMBERS, _SIZES, _FLAGS, _OUT32)
 def inputs(values, ids, sizes, supervised, tokens):
     """`codec_split.decode_inputs` below its list: whether it is sound; fills tokens [L].
 
@@ -470,7 +472,7 @@ def inputs(values, ids, sizes, supervised, tokens):
     return p == positions and spelled == len(values)
 
 
-@_compiled(_NUMBERS, types.int64[::1])
+@compiled_for(_NUMBERS, types.int64[::1])
 def tally(ids, uses):
     """`uses[each] += 1` for each id that is below len(uses)."""
     for each in ids:
@@ -478,7 +480,7 @@ def tally(ids, uses):
             uses[each] += 1
 
 
-@_compiled(_NUMBERS, _OUT32)
+@compiled_for(_NUMBERS, _OUT32)
 def renumber(table, ids):
     """`ids[:] = table[ids]`, or False, and ids as they were, where one is none of the table's."""
     most = np.uint32(0)
@@ -491,7 +493,7 @@ def renumber(table, ids):
     return True
 
 
-@_compiled(_NUMBERS, _WEIGHTS, _SIZES, _FLAGS, types.int64[:, ::1], types.float32[:, ::1])
+@compiled_for(_NUMBERS, _WEIGHTS, _SIZES, _FLAGS, types.int64[:, ::1], types.float32[:, ::1])
 def pad(ids, weights, sizes, supervised, ids_PK, weights_PK):
     """One row of `padded.pad_rows`, into zeros: whether all of it fitted."""
     at, row = 0, 0
@@ -510,7 +512,7 @@ def pad(ids, weights, sizes, supervised, ids_PK, weights_PK):
     return row == len(sizes) and at == len(ids)
 
 
-@_compiled(
+@compiled_for(
     *(_NUMBERS, _NUMBERS, _SIZES, _LONG, types.Array(types.boolean, 2, "C", readonly=True)),
     *(types.int64[:, :, ::1], types.float32[:, :, ::1]),
 )

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .align import token_starts
+from .cutting import Blob, after, blob_of, ready
 from .joints import APART, JOINED, meet
 from .open_kernel import Kernel
 from .open_sets import OpenSets, open_sets
@@ -101,7 +102,8 @@ class Answers:
         joined: context V + draw -> the student's token 4 + fate.
         plain: [V] what each draw is if nothing stands before it, as in `joined`.
         known: what is known of the contexts so far.
-        pieces, begins: [V] the bytes of the teacher's tokens, none for control tokens, and the first one, _CONTROL.
+        pieces, blob: [V] the bytes of the teacher's tokens, none for control tokens.
+        begins: [V] the first of them, _CONTROL for control tokens.
         meets: [_EDGES, _BEGINS] how a text that ends so and a draw that begins so meet.
         sets: what open draws stand for.
         kernel: what they became in some rows, where that is asked for.
@@ -113,6 +115,7 @@ class Answers:
     plain: Array = field(init=False)
     known: Known = field(default_factory=lambda: Known(*np.zeros((len(Known._fields), 0), np.int64)))
     pieces: list[bytes] = field(init=False)
+    blob: Blob = field(init=False)
     begins: Array = field(init=False)
     meets: Array = field(init=False)
     sets: OpenSets = field(init=False)
@@ -121,6 +124,7 @@ class Answers:
     def __post_init__(self) -> None:
         of_id = self.pair.teacher.of_id
         self.pieces = [piece or b"" for piece in of_id] + [b""] * (len(self.pair.control) - len(of_id))
+        self.blob = blob_of(self.pieces)
         self.begins = np.array([piece[0] if piece else _CONTROL for piece in self.pieces])
         self.meets = _meets(self.pair)
         self.sets = open_sets(self.pair)
@@ -237,12 +241,27 @@ def _ends_in_letters(tail: bytes, pair: Pair) -> bool:
 
 def _solve(answers: Answers, keys: Array) -> Array:
     """[M] token * 4 + fate of draws that nobody asked for before."""
-    pair, values, asked = answers.pair, np.full(len(keys), REJECTED, np.int64), []
-    numbers, draws = np.divmod(keys, len(pair.control))
+    numbers, draws = np.divmod(keys, len(answers.pair.control))
+    values, cutter = np.full(len(keys), -1), answers.pair.cutter
+    loops = ready(cutter, len(keys))
+    if cutter is not None and loops is not None and len(keys):
+        used, which = np.unique(numbers, return_inverse=True)
+        contexts = [answers.contexts.all[number] for number in used.tolist()]
+        values = after(loops, cutter, contexts, answers.blob, which, draws)
+    left = np.flatnonzero(values < 0)
+    values[left] = _ask(answers, numbers[left], draws[left])
+    tokens, fates = np.divmod(values, _FATES)
+    closed = (fates == OPEN) & ~answers.sets.is_open(draws, tokens)
+    return values + (DECIDED - OPEN) * closed
+
+
+def _ask(answers: Answers, numbers: Array, draws: Array) -> Array:
+    """[M] token * 4 + fate of draws in contexts, all ends of words OPEN: by the tokenizer."""
+    values, asked = np.full(len(draws), REJECTED, np.int64), []
     texts: dict[bytes, int] = {}
     for n, (number, draw) in enumerate(zip(numbers.tolist(), draws.tolist(), strict=True)):
         context = answers.contexts.all[number]
-        text = read_after(context, answers.pieces[draw], pair)
+        text = read_after(context, answers.pieces[draw], answers.pair)
         if text is None:
             continue
         if len(text) > len(context.head):
@@ -250,14 +269,12 @@ def _solve(answers: Answers, keys: Array) -> Array:
                 asked.append((n, context.cuts, texts.setdefault(text, len(texts))))
         elif context.head.startswith(text):
             values[n] = SHORT
-    read = _read(list(texts), pair)
+    read = _read(list(texts), answers.pair)
     for n, cuts, which in asked:
         token, is_last = _token_at(read, which, cuts)
         if token >= 0:
             values[n] = token * _FATES + (OPEN if is_last else DECIDED)
-    tokens, fates = np.divmod(values, _FATES)
-    closed = (fates == OPEN) & ~answers.sets.is_open(draws, tokens)
-    return values + (DECIDED - OPEN) * closed
+    return values
 
 
 def read_after(context: Context, piece: bytes, pair: Pair) -> bytes | None:

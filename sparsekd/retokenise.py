@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .align import identical_spans, last_start_before, shared_starts, token_starts
+from .cutting import Cutter, cut_all, cutter_of, ready
 from .errors import MismatchError
 from .joints import Joints, joints_of
 from .vocab_bytes import (
@@ -57,6 +58,7 @@ class Pair:
         short: the student's tokens of at most 3 bytes: what bytes that are no text (half a character) become.
         crossed: [256, 256] bool, the neighbouring bytes that some token of the student's has inside it.
         words: what cuts a text before the student's model does, see `vocab_bytes.words_of`.
+        cutter: the student's Unigram model for compiled loops, else None.
         joints: the student's merges, where a word is cut by BPE merges, whose tokens depend on their neighbours only.
     """
 
@@ -71,6 +73,7 @@ class Pair:
     crossed: np.ndarray
     words: str
     joints: Joints | None
+    cutter: Cutter | None
 
 
 class Context(NamedTuple):
@@ -134,17 +137,19 @@ def pair_of(teacher: Any, student: Any, logit_width: int | None = None) -> Pair:
     """
     of_teacher, of_student = vocabulary_bytes(teacher), vocabulary_bytes(student)
     width = max(logit_width or 0, len(of_teacher.of_id))
+    backend, words = plain_backend(student), words_of(student)
     return Pair(
         teacher=of_teacher,
         student=of_student,
-        backend=plain_backend(student),
+        backend=backend,
         teachers=plain_backend(teacher),
         control=_control(of_teacher, of_student, width),
         same=_renumbering(teacher, student, width),
         lengths=of_student.lengths(),
         short=_short(of_student),
         crossed=crossed_bytes(of_student.of_id),
-        words=words_of(student),
+        words=words,
+        cutter=cutter_of(backend, of_student, words),
         joints=joints_of(model_of(student)) if cuts_by_merges(student) else None,
     )
 
@@ -260,6 +265,9 @@ def cut_ids(texts: Sequence[bytes], pair: Pair) -> list[list[int] | None]:
 
 def cut_flat(texts: Sequence[bytes], pair: Pair) -> tuple[list[int], list[int]]:
     """(ids, sizes): `cut_ids` one after another, and how many each text has, -1 for None."""
+    loops = ready(pair.cutter, len(texts))
+    if pair.cutter is not None and loops is not None and all(_decoded(text) is not None for text in texts):
+        return cut_all(loops, pair.cutter, texts)
     return _cut_flat(texts, pair.backend, pair.student, pair.short)
 
 

@@ -423,4 +423,4 @@ def test_without_a_place_for_its_code_each_process_compiles(monkeypatch):
     from numba.core import caching, types
 
     monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
-    assert compiled.load()._compiled(types.int64)(lambda x: x + 1)(41) == 42
+    assert compiled.load().compiled_for(types.int64)(lambda x: x + 1)(41) == 42

@@ -75,6 +75,8 @@ LAYERS: dict[str, set[str]] = {
         "vocab_bytes",
         "joints",
         "align",
+        "cut_kernels",
+        "cutting",
         "retokenise",
         "overlay",
         "prompted",

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 from conftest import folder_bytes
 from slow_transcode import Slow, slow_counts, slow_kernel, slow_sets, slow_transcode
-from test_align import CORPUS, FAMILIES, byte_level, fast
+from test_align import AMBIGUOUS, CORPUS, FAMILIES, PIECES, byte_level, fast, random_texts
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from sparsekd import open_kernel
+from sparsekd import compiled, open_kernel
 from sparsekd.cache import CacheReader, CacheWriter, check_alignment, verify
+from sparsekd.cutting import cut_all, ready
 from sparsekd.errors import FormatError, MismatchError, RecipeError, SourceError
-from sparsekd.fates import Answers
+from sparsekd.fates import DECIDED, OPEN, REJECTED, SHORT, Answers, answer
 from sparsekd.joints import APART, DOUBTFUL, JOINED, meet
 from sparsekd.open_kernel import added, counted, kernel_of
 from sparsekd.open_sets import sets_of_cuts
@@ -29,7 +30,7 @@ from sparsekd.retokenise import Context, cut_ids, pair_of, retokenise, teachers_
 from sparsekd.set_table import SetTable, read_table, write_table
 from sparsekd.transcode import transcode
 from sparsekd.vocab import load_tokenizer
-from sparsekd.vocab_bytes import VocabBytes, text_of, vocabulary_bytes
+from sparsekd.vocab_bytes import VocabBytes, encode_texts, plain_backend, text_of, vocabulary_bytes
 
 TEXTS = [
     "The cat sees the dog, and counts 1 2 3.\n",
@@ -116,8 +117,6 @@ PAIRS = [
 @pytest.fixture(scope="module", params=PAIRS, ids="-".join)
 def both_ways(request, families):
     """(names of teacher and student, per text: the slow twin's view, and the fast path's draws, places, answers)."""
-    from sparsekd.vocab_bytes import encode_texts, plain_backend
-
     teacher, student = (families[name] for name in request.param)
     rng, pair = np.random.default_rng(0), pair_of(teacher, student)
     answers, backend, width = Answers(pair=pair), plain_backend(teacher), len(pair.control)
@@ -265,6 +264,44 @@ def merged_in_many_ways():
     backend = Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return fast(backend)
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """Compiled loops from the first text on; skipped without numba."""
+    pytest.importorskip("numba")
+    monkeypatch.setattr(compiled, "_read", 2**40)
+    if compiled.load() is None:
+        pytest.skip("numba is turned off")
+
+
+def test_a_compiled_unigram_cuts_as_its_tokenizer(families, at_once):
+    """Ids of random texts: split characters, emoji, runs of spaces, unknown ones, control strings."""
+    pair = pair_of(families["byte_level"], families["unigram_like"])
+    pieces = [*PIECES, *AMBIGUOUS, "the", "cat", " cat", " co", "  ", "c", "o", "at", "<unk>", "e\u0301"]
+    texts = [text.encode() for text in random_texts(5_000, pieces)]
+    ids, sizes = cut_all(ready(pair.cutter, len(texts)), pair.cutter, texts)
+    told = iter(ids)
+    found = [None if size < 0 else list(itertools.islice(told, size)) for size in sizes]
+    assert found == cut_ids(texts, pair)
+    assert None in found
+
+
+@pytest.mark.parametrize("name", ["byte_level", "llama2_like"])
+def test_compiled_loops_read_draws_as_the_tokenizer_does(families, at_once, monkeypatch, name):
+    """Every draw after every context of the texts, with half characters among both."""
+    teacher, student = families[name], families["unigram_like"]
+    pair, found = pair_of(teacher, student), []
+    backend = plain_backend(teacher)
+    for loops in (ready(pair.cutter, 0), None):
+        monkeypatch.setattr("sparsekd.fates.ready", lambda *_, loops=loops: loops)
+        answers = Answers(pair=pair)
+        rows = [(np.array(encode_texts(backend, [text])[0].ids, np.int64), text) for text in TEXTS]
+        retokenise([(ids, np.arange(len(ids)) == 0) for ids, _ in rows], pair, answers.contexts)
+        contexts, draws = np.meshgrid(np.arange(len(answers.contexts.all)), np.arange(0, len(pair.control), 3))
+        found.append(answer(answers, contexts.ravel(), draws.ravel()))
+    assert np.array_equal(*found)
+    assert {REJECTED, OPEN, DECIDED, *[SHORT] * (name == "byte_level")} == set(found[0][0].tolist())
 
 
 # --- caches ---------------------------------------------------------------------------------------------

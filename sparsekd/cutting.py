@@ -1,0 +1,171 @@
+"""Texts cut by a Unigram tokenizer's model as it cuts them, but by a compiled loop: for the many short ones of draws.
+
+    cutter = cutter_of(pair.backend, pair.student, pair.words)      # None for other models
+    if loops := ready(cutter, texts): ids, sizes = cut(...)
+
+The tokenizer itself is what counts: its ids, for every text that its tokens give back, and none for the others.
+
+Shapes: N nodes of the trie of the tokens, V tokens, M draws, C contexts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import compiled
+from .align import token_starts
+from .vocab_bytes import PATTERNS, SPACES, VocabBytes
+
+Array = NDArray[Any]
+
+# What a text weighs against numba's start (see `compiled`): the tokenizer takes 7 µs for it.
+_WEIGHT = 2**8
+_UNKNOWN_PENALTY = 10.0  # below the least score: tokenizers' and SentencePiece's
+
+
+# A `retokenise.Context`: tail, head, cuts, opens.
+Read = tuple[bytes, bytes, tuple[int, ...], bool]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cutter:
+    """A Unigram model as arrays.
+
+    Attributes:
+        root: [256] the node of each first byte, -1 for none; edges: [N + 1] where each node's children begin.
+        labels, children: [N] the bytes of a node's children, ascending for each node, and they themselves.
+        token_of: [N] the token that ends at a node, or -1; scores: [V].
+        lossy: [V] bool, tokens that do not stand for the text that they are found by.
+        fallback: [256] the token of each byte for what no token has, or -1.
+        unknown: the score of a character that no token has; spaces: whether a space begins a word.
+    """
+
+    root: Array
+    edges: Array
+    labels: Array
+    children: Array
+    token_of: Array
+    scores: Array
+    lossy: Array
+    fallback: Array
+    unknown: float
+    spaces: bool
+
+    def arrays(self) -> tuple[Any, ...]:
+        """As the kernels take it."""
+        return tuple(getattr(self, name) for name in self.__slots__)
+
+
+def cutter_of(backend: Any, vocabulary: VocabBytes, words: str) -> Cutter | None:
+    """A `tokenizers.Tokenizer` as a cutter, None if it is no Unigram or something before its model does more than make
+    spaces and cut at them."""
+    model = json.loads(backend.to_str())["model"]
+    if model["type"] != "Unigram" or words == PATTERNS or model["unk_id"] is None:
+        return None
+    pieces = [piece for piece, _ in model["vocab"]]
+    texts = [piece.replace("▁", " ").encode() for piece in pieces]
+    if any(" " in piece for piece in pieces) or len(set(texts)) < len(texts):
+        return None
+    scores = np.array([score for _, score in model["vocab"]], np.float64)
+    ids = {piece: token for token, piece in enumerate(pieces)} if model.get("byte_fallback") else {}
+    of_id = [*vocabulary.of_id, *[None] * (len(texts) - len(vocabulary.of_id))]
+    root, edges, labels, children, token_of = _trie(texts)
+    return Cutter(
+        root=root,
+        edges=edges,
+        labels=labels,
+        children=children,
+        token_of=token_of,
+        scores=scores,
+        lossy=np.array([mine != theirs for mine, theirs in zip(texts, of_id, strict=False)]),
+        fallback=np.array([ids.get(f"<0x{byte:02X}>", -1) for byte in range(256)]),
+        unknown=float(scores.min()) - _UNKNOWN_PENALTY,
+        spaces=words == SPACES,
+    )
+
+
+def _trie(texts: Sequence[bytes]) -> tuple[Array, Array, Array, Array, Array]:
+    """(root, edges, labels, children, token_of) of a `Cutter`; nodes are numbered level by level."""
+    numbers: dict[bytes, int] = {}
+    for prefix in sorted({text[:n] for text in texts for n in range(1, len(text) + 1)}, key=lambda p: (len(p), p)):
+        numbers[prefix] = len(numbers)
+    root, token_of = np.full(256, -1), np.full(len(numbers), -1)
+    counts = np.zeros(len(numbers) + 1, np.int64)
+    deeper = []
+    for prefix, node in numbers.items():
+        if len(prefix) == 1:
+            root[prefix[0]] = node
+        else:
+            counts[numbers[prefix[:-1]] + 1] += 1
+            deeper.append((prefix[-1], node))
+    for token, text in enumerate(texts):
+        if text:
+            token_of[numbers[text]] = token
+    labels, children = (np.array(part) for part in zip(*deeper, strict=True)) if deeper else np.zeros((2, 0), np.int64)
+    return root, np.cumsum(counts), labels.astype(np.uint8), children, token_of
+
+
+def ready(cutter: Cutter | None, texts: int) -> Any:
+    """The compiled loops for so many texts, or None: another model, no numba, or too few texts to wait for it."""
+    if cutter is None or compiled.kernels(texts * _WEIGHT) is None:
+        return None
+    from . import cut_kernels
+
+    return cut_kernels
+
+
+class Blob(NamedTuple):
+    """Texts one after another, where each begins (and the end), and whether each is UTF-8: no loop takes the others."""
+
+    data: Array
+    first: Array
+    is_text: Array
+
+    def longest(self) -> int:
+        """Bytes."""
+        return int(np.diff(self.first).max(initial=0))
+
+
+def blob_of(texts: Sequence[bytes]) -> Blob:
+    """Texts as the loops take them."""
+    is_text = np.array([text.isascii() or _is_utf8(text) for text in texts], bool)
+    first = token_starts(np.array([len(text) for text in texts], np.int64))
+    return Blob(np.frombuffer(b"".join(texts), np.uint8), first, is_text)
+
+
+def _is_utf8(text: bytes) -> bool:
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def cut_all(loops: Any, cutter: Cutter, texts: Sequence[bytes]) -> tuple[list[int], list[int]]:
+    """(ids, sizes) of texts, all UTF-8: one after another, and how many each has, -1 where it does not come back."""
+    blob = blob_of(texts)
+    ids, sizes = np.empty(len(blob.data), np.int64), np.empty(len(texts), np.int64)
+    count = loops.cut(cutter.arrays(), blob[:2], blob.longest(), ids, sizes)
+    return ids[:count].tolist(), sizes.tolist()
+
+
+def after(loops: Any, cutter: Cutter, contexts: Sequence[Read], pieces: Blob, which: Array, draws: Array) -> Array:
+    """[M] int64 token 4 + fate (see `fates`; every token that ends where the draw does is OPEN) of draws, each in one
+    of the contexts; -1 for bytes that are no text, and at the beginning of documents: ask the tokenizer."""
+    all_tails, all_heads, all_cuts, opens = zip(*contexts, strict=True)
+    tails, heads = blob_of(all_tails), blob_of(all_heads)
+    cuts = np.array([cut for each in all_cuts for cut in each], np.int64)
+    begins = token_starts(np.array([len(each) for each in all_cuts], np.int64))
+    values = np.full(len(which), -1)
+    fine = np.flatnonzero((tails.is_text & ~np.array(opens))[which] & pieces.is_text[draws])
+    found, longest = np.empty(len(fine), np.int64), tails.longest() + pieces.longest()
+    given = (*tails[:2], *heads[:2], cuts, begins)
+    loops.draws(cutter.arrays(), given, pieces[:2], longest, which[fine], draws[fine], found)
+    values[fine] = found
+    return values
