@@ -205,12 +205,14 @@ def reading(found: Json, plots: str) -> str:
     rows.append(
         ["64 rows found among 10⁹ (resuming anywhere)", *bar(found["order_us"]["1e+09"] / 1e3, 1000, unit=" ms")]
     )
-    wait = found["waits"]["read ahead, wall"]
-    rows.append(["a step of the demo waits for its batch", *bar(100 * wait, 0.5, unit=" %")])
-    rows.append(["the same without reading ahead", f"{found['waits']['read in the step, wall']:.1%}", "", ""])
-    if "ready in memory, wall" in found["waits"]:
-        share = found["waits"]["ready in memory, wall"]
-        rows.append(["the same ready in memory: torch's DataLoader alone", f"{share:.2%}", "", "floor"])
+    waits, clock = found["waits"], "CPU of the training thread"
+    rows.append(["a step of the demo waits for its batch", *bar(100 * waits["read ahead, wall"], 0.5, unit=" %")])
+    rows.append(
+        ["CPU time of a step that goes to its batch", *bar(100 * waits[f"read ahead, {clock}"], 0.5, unit=" %")]
+    )
+    rows.append(["the same without reading ahead", f"{waits[f'read in the step, {clock}']:.1%}", "", ""])
+    share = waits[f"ready in memory, {clock}"]
+    rows.append(["the same ready in memory: torch's DataLoader alone", f"{share:.2%}", "", "floor"])
     return (
         "To ready tensors on one core, batches of 8 rows of 4,096 tokens. The peers read uncompressed counts, "
         "unchecked, `datasets` from memory.\n\n"
@@ -223,7 +225,7 @@ def eight_gpus(found: Json, students: tuple[float, ...] = (300e6, 3e9), flops: f
     """What 8 H100s at 40 % of their bf16 peak would wait, by arithmetic: 6 FLOPs a parameter and token, one reading
     process a GPU, batches of 8 rows of 4,096 tokens, handed over as slowly as the demo's step found them to be."""
     waits, rate = found["waits"], found["tokens_per_second"]["split"]
-    hand_over = waits["read ahead, wall"] * waits["read ahead, ms a step"] / 1e3
+    hand_over = waits["read ahead, µs a batch"] / 1e6
     parts = []
     for parameters in students:
         needed = flops / (6 * parameters)

@@ -185,7 +185,7 @@ def test_sampling_and_capture_run_at_tiny_sizes():
 def test_what_eight_gpus_would_wait_is_arithmetic():
     """A hand-over of 1 ms and 1 M tokens/s a core: at 1 M tokens/s a GPU reads all the time, at 2 M it waits half."""
     found = {
-        "waits": {"read ahead, wall": 0.01, "read ahead, ms a step": 100.0},
+        "waits": {"read ahead, µs a batch": 1000.0},
         "tokens_per_second": {"split": 1e6},
     }
     text = page.eight_gpus(found, (1.0, 0.5), flops=6e6)
