@@ -2,7 +2,7 @@
 
 Shapes: N rows, C rows of a chunk, H hidden size, V vocabulary (of this process), K kept ids.
 
-    logits_CV = f hidden_CH @ head_VH.T;   row_losses turns them into g = dloss/d(hidden_CH @ head_VH.T) in place;
+    logits_CV = hidden_CH @ head_VH.T, times a factor;   row_losses turns them into g = dloss/d(product) in place;
     dhidden_CH = g @ head_VH;            dhead_VH += g.T @ hidden_CH
 
 Three products and no more: gradients are made with the forward pass. The rows of `row_losses` are worked on in float32
