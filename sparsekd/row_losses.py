@@ -180,8 +180,8 @@ def _check_sets(sets: PrefixSets, options: LossOptions, vocab_size: int) -> None
         raise ValueError(f"the sets are of a vocabulary of {sets.vocab_size} tokens, the logits of {vocab_size}")
     if options.residual != "none":
         raise ValueError(
-            f"residual={options.residual!r} is about mass that targets left out; `transcode` leaves none out of targets "
-            "with sets of tokens: take residual='none'"
+            f"residual={options.residual!r} is about mass that targets left out; targets with sets of tokens leave out "
+            "none: take residual='none'"
         )
 
 

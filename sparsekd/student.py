@@ -54,7 +54,7 @@ def attach_sparse_kd(
             (`residuals.hard_token_weights`; paper, section 5.3).
         divergence: "forward_kl", or "mse", which makes the logits ([tokens, V] exists).
         chunk_rows: of `fused_linear_sparse_kl`.
-        sets: what ids beyond the vocabulary stand for in a transcoded cache; the loss is then `sparse_ce(..., sets=sets)`.
+        sets: what ids beyond the vocabulary stand for in a transcoded cache; the loss is then `sparse_ce`'s.
 
     Raises:
         ValueError: a divergence that sparse targets cannot give, an unknown residual.
