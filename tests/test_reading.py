@@ -133,7 +133,10 @@ def test_a_batch_is_made_for_the_collator_that_asked_last(cache):
         assert list(plain(batch)) == ["input_ids", "labels"]
         assert all(torch.equal(collate(batch)[key], expected[key]) for key in expected)
     made = dataset._items(0, range(3))
-    assert collate(made) is collate(made)
+    assert collate(made) is collate(made) is skd.SparseKDCollator()(made)
+    other = type("Other", (skd.SparseKDCollator,), {"of_rows": lambda self, rows: {"rows": len(rows)}})
+    assert (other()(made), other()(made)) == ({"rows": 3}, {"rows": 3})
+    assert list(collate(dataset._items(0, range(3)))) == list(expected)
     assert collate(made) is not collate(dataset._items(0, range(3)))
     numbers = [dataset.row_number(index) for index in range(3)]
     assert [row.index for row in made] == [row.index for row in pickle.loads(pickle.dumps(made))] == numbers
