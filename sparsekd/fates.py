@@ -44,8 +44,8 @@ _READ, _APART, _INSIDE, _JOINED = range(4)
 # The text's edge: its last byte, 256 + that where letters end it, or one of these. A control token begins with 256.
 _UNKNOWN, _EMPTY, _EDGES = 512, 513, 514
 _CONTROL, _BEGINS = 256, 257
-# Answers kept at most; beyond, they are forgotten and found again. About 200 MB.
-MOST_ANSWERS = 2**23
+# Answers and contexts kept at most; beyond, they are forgotten and found again. About 200 MB each.
+MOST_ANSWERS, MOST_CONTEXTS = 2**23, 2**19
 
 
 @dataclass(slots=True)
@@ -111,9 +111,9 @@ class Answers:
 
     pair: Pair
     contexts: Contexts = field(default_factory=Contexts)
-    joined: Memo = field(default_factory=lambda: Memo())
+    joined: Memo = field(default_factory=Memo)
     plain: Array = field(init=False)
-    known: Known = field(default_factory=lambda: Known(*np.zeros((len(Known._fields), 0), np.int64)))
+    known: Known = field(default_factory=lambda: _nothing_known())
     pieces: list[bytes] = field(init=False)
     blob: Blob = field(init=False)
     begins: Array = field(init=False)
@@ -131,6 +131,16 @@ class Answers:
         theirs = self.pair.control
         control = np.where(theirs >= 0, theirs * _FATES + DECIDED, REJECTED)
         self.plain = np.where(self.begins == _CONTROL, control, _solve(self, np.arange(len(self.pieces))))
+
+
+def _nothing_known() -> Known:
+    return Known(*np.zeros((len(Known._fields), 0), np.int64))
+
+
+def forget(answers: Answers) -> None:
+    """If there are too many contexts, begin anew: their numbers say nothing any more. Between chunks of rows."""
+    if len(answers.contexts.all) > MOST_CONTEXTS:
+        answers.contexts, answers.known, answers.joined = Contexts(), _nothing_known(), Memo()
 
 
 def _meets(pair: Pair) -> Array:
@@ -206,31 +216,32 @@ def _learn_contexts(answers: Answers) -> None:
 
 def _know(context: Context, read: _Read, which: int, answers: Answers) -> tuple[int, ...]:
     """`Known` of one context."""
-    tail, head, cuts, _ = context
-    first, last = read.first[which], read.first[which + 1]
-    is_text, longer = last > first or not tail, len(head) > len(tail) and not context.opens
-    alone, rest = _NONE, 0
+    tail, head, cuts, opens = context
+    size, first, last = len(tail), read.first[which], read.first[which + 1]
+    is_text, longer = last > first or not tail, len(head) > size and not opens
+    alone, rest, wants = _NONE, 0, -1
     if longer:
-        after = tuple([cut - len(tail) for cut in cuts if cut > len(tail)])
-        rest = answers.contexts.number(Context(b"", head[len(tail) :], after))
+        wants = head[size]
+        rest = answers.contexts.number(Context(b"", head[size:], tuple([cut - size for cut in cuts if cut > size])))
         alone = _NEXT if is_text and tuple(read.ends[first:last]) == cuts[: last - first] else _NONE
     elif is_text and tail.startswith(head):
         alone, _ = _token_at(read, which, cuts)
-    wants, joint = head[len(tail)] if longer else -1, int(len(tail) in cuts or not tail)
     before = read.ids[last - 1] if last > first else -1
-    return alone, rest, wants, joint, before, _edge(context, is_text, wants, answers.pair)
+    return alone, rest, wants, size in cuts or not tail, before, _edge(context, is_text, wants, answers.pair)
 
 
 def _edge(context: Context, is_text: bool, wants: int, pair: Pair) -> int:
     """How a context's text ends; white space may be cut otherwise before some draws, and half a character is none."""
-    tail = context.tail
+    tail, head, _, opens = context
     if not tail:
-        return _UNKNOWN if context.opens else _EMPTY
-    unsure = wants >= 0 and (not is_text or 0x80 <= wants < 0xC0 or not context.head.startswith(tail))
-    free = is_text and pair.words != PATTERNS
-    if unsure or (tail[-1:].isspace() and not free):
+        return _UNKNOWN if opens else _EMPTY
+    if wants >= 0 and (not is_text or 0x80 <= wants < 0xC0 or not head.startswith(tail)):
         return _UNKNOWN
-    return tail[-1] + 256 * (free or (is_text and _ends_in_letters(tail, pair)))
+    if is_text and pair.words != PATTERNS:
+        return 256 + tail[-1]
+    if tail[-1:].isspace():
+        return _UNKNOWN
+    return tail[-1] + 256 * (is_text and _ends_in_letters(tail, pair))
 
 
 def _ends_in_letters(tail: bytes, pair: Pair) -> bool:

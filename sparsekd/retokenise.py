@@ -436,12 +436,19 @@ def _spoken_about(stretch: Stretch, cut: Cut, count: int, contexts: Contexts) ->
     at_end = begins >= stretch.starts[-1]
     which[at_end] = stretch.last - stretch.first  # the control token, if there is one
     where = stretch.starts[which]
-    opening = _tail_starts(stretch.text, cut, where)
-    numbers = [
-        contexts.number(_context(stretch, cut, *each))
-        for each in zip(opening.tolist(), range(count), which.tolist(), strict=True)
-    ]
-    return stretch.first + which, np.array(numbers, np.int64)
+    numbers = np.fromiter(map(contexts.number, _contexts(stretch, cut, which, where)), np.int64, count)
+    return stretch.first + which, numbers
+
+
+def _contexts(stretch: Stretch, cut: Cut, which: np.ndarray, where: np.ndarray) -> Iterator[Context]:
+    """Of each of a stretch's tokens, spoken about by the teacher's token `which`, which begins at byte `where`."""
+    text, starts = stretch.text, cut.starts.tolist()
+    opening = _tail_starts(text, cut, where)
+    at_start = (which == 0) & stretch.bare
+    for i, (first, byte, opens) in enumerate(zip(opening.tolist(), where.tolist(), at_start.tolist(), strict=True)):
+        begin = starts[first]
+        cuts = tuple([start - begin for start in starts[first + 1 : i + 1]])
+        yield Context(text[begin:byte], text[begin : starts[i]], cuts, opens)
 
 
 def _tail_starts(text: bytes, cut: Cut, where: np.ndarray) -> np.ndarray:
@@ -459,12 +466,6 @@ def _tail_starts(text: bytes, cut: Cut, where: np.ndarray) -> np.ndarray:
     near = np.searchsorted(cut.starts[:-1], where - TAIL_BYTES)
     found: np.ndarray = np.maximum(word, np.minimum(near, last))
     return np.where(where > 0, found, 0)
-
-
-def _context(stretch: Stretch, cut: Cut, opening: int, i: int, which: int) -> Context:
-    begin, where, end = int(cut.starts[opening]), int(stretch.starts[which]), int(cut.starts[i])
-    cuts = tuple([start - begin for start in cut.starts[opening + 1 : i + 1].tolist()])
-    return Context(stretch.text[begin:where], stretch.text[begin:end], cuts, which == 0 and stretch.bare)
 
 
 def _count(stretch: Stretch, cut: Cut, counts: dict[str, int]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .fates import Answers
+from .fates import Answers, forget
 from .flat import FlatTargets
 from .folder import RowRecord
 from .open_kernel import Counts, counted
@@ -76,6 +76,7 @@ def count_sets(records: Sequence[RowRecord], answers: Answers, chain: int) -> Co
 
 
 def _laid_over(records: Sequence[RowRecord], answers: Answers) -> tuple[list[StudentRow], Draws, Places]:
+    forget(answers)
     sizes = sizes_of(records, answers.pair)
     given = [
         (record.input_ids[:size].astype(np.int64), record.starts[:size])
