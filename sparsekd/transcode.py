@@ -133,7 +133,7 @@ def transcode(
 
 
 def _made(words: tuple[Any, ...], counts: Counts | None, out: str, todo: list[int], workers: int) -> Iterator[int]:
-    """Make the shards, one or several at a time; their numbers as they are done."""
+    """Make the shards, one or several at a time; their numbers as they are done. Nobody counts anew."""
     if workers == 1 or len(todo) < 2:
         yield from (make_shard(words, out, shard) for shard in todo)
         return
@@ -182,7 +182,8 @@ def open_job(
 ) -> Job:
     """The cache, both tokenizers, and the identity of the cache that will come of them.
 
-    For `unresolved="kernel"`, `counts` are those of the cache's rows (`count_rows`), taken here if they are not given.
+    For `unresolved="kernel"`, `counts` are those of the cache's rows (`count_rows`), taken here if they are not given:
+    of `kernel_rows` of them at most.
     """
     reader, student = CacheReader(cache), vocab.load_tokenizer(tokenizer)
     if CODECS[reader.spec.codec["name"]].holds == CURVES:
