@@ -30,7 +30,8 @@ CURVES = Arm(label="Sorted curves", sampler={"name": "sorted_curve"})
 CE, CEILING, CE_THEIRS = "CE", "KD, teacher's tokenizer", "CE, teacher's tokenizer"
 TEXT = "CE on the teacher's text"
 POINT, SETS = "Transcoded, point", "Transcoded, sets"
-POINT_CE, SETS_DRAWS, KERNEL = f"{POINT}, half CE", f"{SETS}, draws inside", "Transcoded, kernel"
+KERNEL = "Transcoded, kernel"
+POINT_CE, KERNEL_CE, SETS_DRAWS = f"{POINT}, half CE", f"{KERNEL}, half CE", f"{SETS}, draws inside"
 # Labels of the arms that learn from sorted curves, and what they are trained with.
 CROSS: dict[str, dict[str, Any]] = {
     "ULD by index, λ = 1.5": {"method": "uld", "align": "index", "kd_weight": 1.5},
@@ -42,6 +43,7 @@ TRANSCODED: dict[str, dict[str, Any]] = {
     POINT: {},
     POINT_CE: {"ce_weight": 0.5},
     KERNEL: {},
+    KERNEL_CE: {"ce_weight": 0.5},
     SETS: {},
     SETS_DRAWS: {},
 }
@@ -89,7 +91,10 @@ def crosstok(folder: Path, settings: Settings) -> Result:
     kept = acceptances(lab, world, outcomes)
     return Result(
         ours=Table(columns=COLUMNS, rows={name: (*cells(outcomes, name), over(kept[name])) for name in LABELS}),
-        scale=scale_of(lab, "tokens shared by teacher and student; another tokenizer is its poster's future work")
+        scale=scale_of(
+            lab_of(folder, settings),
+            "tokens shared by teacher and student; another tokenizer is its poster's future work",
+        )
         + f" The student's tokenizer has {world.survey['vocab_size']:,} entries and makes "
         f"{world.survey['tokens_per_teacher_token']:.2f} tokens of one of the teacher's.",
         findings=(_goal(outcomes), *(judge(outcomes, claim) for claim in CLAIMS), _cost(world.survey), ACCEPTANCE),
@@ -136,7 +141,7 @@ def make_world(lab: Lab) -> World:
     written = teachers_text(lab, home)
     said, _ = _transcoded(written, tokenizer, home / "cache-text", unresolved="point", seq_len=size)
     caches = {CE: sets, TEXT: said, CE_THEIRS: draws, CEILING: draws} | dict.fromkeys(CROSS, curves)
-    caches |= {SETS: sets, SETS_DRAWS: inside, KERNEL: kernel} | dict.fromkeys((POINT, POINT_CE), point)
+    caches |= {SETS: sets, SETS_DRAWS: inside, POINT: point, POINT_CE: point, KERNEL: kernel, KERNEL_CE: kernel}
     # As much text before a held-out token as the teacher's rows have.
     length = max(2, min(size, round(lab.seq_len() * survey["tokens_per_teacher_token"])))
     ours = _exam(lab, home / "heldout-student", tokenizer, length)
