@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from .canary import alignment, check_alignment
 from .checks import make_folder
-from .codec import FlatTargets, codec_engine, decode_rows, quick_rows
+from .codec import CODECS, FlatTargets, codec_engine, decode_rows, quick_rows
 from .compiled import scratch
 from .errors import FormatError, IncompleteError, MismatchError, RecipeError
 from .files import is_url, join, list_folder, read_file, remove_stale_files, sha256_file, write_atomically
@@ -60,11 +60,13 @@ from .manifest import (
     sum_stats,
 )
 from .padded import PaddedRows, pad_joined, pad_rows
-from .shard import FORMAT, ShardReader, masks, write_shard
+from .shard import FORMAT, ShardReader, masks, row_index_bytes, write_shard
 
 Array = NDArray[Any]
 Json = dict[str, Any]
-_OPEN_SHARDS = 32
+# Opening a shard costs as much as reading ten short rows, and a shuffled epoch comes to another one with every row.
+_OPEN_SHARDS = 128  # macOS gives a process 256 files
+_OPEN_BYTES = 2**28  # of their indexes and tables of ids
 
 __all__ = [
     "CacheReader",
@@ -279,7 +281,7 @@ class CacheReader:
         with self._lock:
             if shard not in self._shards:
                 self._shards[shard] = self._open_shard(shard)
-                if len(self._shards) > _OPEN_SHARDS:
+                if len(self._shards) > _most_open(self.spec):
                     self._shards.popitem(last=False)
             self._shards.move_to_end(shard)
             return self._shards[shard]
@@ -312,6 +314,12 @@ class CacheReader:
 
     def __setstate__(self, state: Json) -> None:
         self.__dict__.update(state, _shards=OrderedDict(), _lock=threading.Lock())
+
+
+def _most_open(spec: CacheSpec) -> int:
+    """How many shards a reader keeps open."""
+    table = 4 * spec.logit_width if CODECS[spec.codec["name"]].ranked else 0
+    return max(1, min(_OPEN_SHARDS, _OPEN_BYTES // (table + spec.shard_rows * row_index_bytes(spec.seq_len))))
 
 
 def _weighed(spec: CacheSpec, normalize: bool) -> CacheSpec:

@@ -31,6 +31,7 @@ from sparsekd.cache import (
 from sparsekd.codec import FlatTargets, codec_spec
 from sparsekd.errors import FormatError, IncompleteError, MismatchError, RecipeError, StorageError
 from sparsekd.manifest import MANIFEST, shard_name
+from sparsekd.shard import row_index_bytes
 
 VOCAB, SEQ_LEN, ROUNDS = 97, 16, 10
 
@@ -158,13 +159,16 @@ def test_a_reader_travels_to_workers(cache):
     assert_same_rows(copy, reader)
 
 
-def test_many_shards_do_not_stay_open(tmp_path, monkeypatch):
-    """Handles beyond the limit are let go, and rows of their shards read again."""
-    monkeypatch.setattr("sparsekd.cache._OPEN_SHARDS", 2)
-    with CacheReader(capture(tmp_path / "cache", make_spec(rows=8))) as reader:
+@pytest.mark.parametrize("limit", ["_OPEN_SHARDS", "_OPEN_BYTES"])
+def test_many_shards_do_not_stay_open(tmp_path, monkeypatch, limit):
+    """Handles beyond the limit, or its bytes, are let go, and rows of their shards read again."""
+    spec = make_spec(rows=8)
+    each = {"_OPEN_SHARDS": 1, "_OPEN_BYTES": spec.shard_rows * row_index_bytes(spec.seq_len)}
+    monkeypatch.setattr(f"sparsekd.cache.{limit}", 2 * each[limit])
+    with CacheReader(capture(tmp_path / "cache", spec)) as reader:
         for index in (0, 7, 3, 5, 0, 2):
             np.testing.assert_array_equal(reader[index].input_ids, make_record(index).input_ids)
-            assert len(reader._shards) <= 2
+        assert len(reader._shards) == 2
 
 
 def test_threads_share_a_reader(tmp_path, monkeypatch):
