@@ -1,7 +1,8 @@
-"""Texts cut by a Unigram tokenizer's model as it cuts them, but by a compiled loop: for the many short ones of draws.
+"""Texts cut as a SentencePiece tokenizer cuts them, but by compiled loops: for the many short ones that draws make.
 
-    cutter = cutter_of(pair.backend, pair.student, pair.words)      # None for other models
-    if loops := ready(cutter, texts): ids, sizes = cut(...)
+    cutter = cutter_of(backend, vocabulary, words, joints)      # None behind patterns: no loop does regular expressions
+    if loops := ready(cutter, len(texts)):
+        ids, sizes = cut_all(loops, cutter, texts)              # what `retokenise.cut_ids` asks the tokenizer for
 
 The tokenizer itself is what counts: its ids, for every text that its tokens give back, and none for the others.
 
@@ -11,7 +12,7 @@ Shapes: N nodes of the trie of the tokens, V tokens, M draws, C contexts.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from . import compiled
 from .align import token_starts
+from .joints import Joints
 from .vocab_bytes import PATTERNS, SPACES, VocabBytes
 
 Array = NDArray[Any]
@@ -35,63 +37,71 @@ Read = tuple[bytes, bytes, tuple[int, ...], bool]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cutter:
-    """A Unigram model as arrays.
+    """A model as arrays.
 
     Attributes:
-        root: [256] the node of each first byte, -1 for none; edges: [N + 1] where each node's children begin.
-        labels, children: [N] the bytes of a node's children, ascending for each node, and they themselves.
-        token_of: [N] the token that ends at a node, or -1; scores: [V].
+        trie: of the tokens' texts: [256] the node of each first byte, -1 for none; [N + 1] where each node's children
+            begin; [N] the bytes that lead to them, ascending for each node; [N] the children; [N] the token that a node
+            ends, or -1.
         lossy: [V] bool, tokens that do not stand for the text that they are found by.
         fallback: [256] the token of each byte for what no token has, or -1.
-        unknown: the score of a character that no token has; spaces: whether a space begins a word.
+        spaces: whether a space begins a word.
+        scores, unknown: [V] of a Unigram, and that of a character which no token has.
+        merges: of a BPE, as in `joints.Joints`: keys, ranks, into; empty for a Unigram.
     """
 
-    root: Array
-    edges: Array
-    labels: Array
-    children: Array
-    token_of: Array
-    scores: Array
+    trie: tuple[Array, ...]
     lossy: Array
     fallback: Array
-    unknown: float
     spaces: bool
+    scores: Array
+    unknown: float
+    merges: tuple[Array, ...]
 
     def arrays(self) -> tuple[Any, ...]:
-        """As the kernels take it."""
+        """As the loops take it."""
         return tuple(getattr(self, name) for name in self.__slots__)
 
 
-def cutter_of(backend: Any, vocabulary: VocabBytes, words: str) -> Cutter | None:
-    """A `tokenizers.Tokenizer` as a cutter, None if it is no Unigram or something before its model does more than make
-    spaces and cut at them."""
+def cutter_of(backend: Any, vocabulary: VocabBytes, words: str, joints: Joints | None) -> Cutter | None:
+    """A `tokenizers.Tokenizer` as a cutter, None if something before its model does more than make spaces and cut at
+    them; `words` as by `words_of`, `joints` of a BPE."""
     model = json.loads(backend.to_str())["model"]
-    if model["type"] != "Unigram" or words == PATTERNS or model["unk_id"] is None:
+    if words == PATTERNS or model.get("ignore_merges") or (joints is None) != (model["type"] == "Unigram"):
         return None
-    pieces = [piece for piece, _ in model["vocab"]]
+    if model["type"] == "Unigram" and model["unk_id"] is None:
+        return None
+    pieces = _pieces(model)
     texts = [piece.replace("▁", " ").encode() for piece in pieces]
     if any(" " in piece for piece in pieces) or len(set(texts)) < len(texts):
         return None
-    scores = np.array([score for _, score in model["vocab"]], np.float64)
     ids = {piece: token for token, piece in enumerate(pieces)} if model.get("byte_fallback") else {}
     of_id = [*vocabulary.of_id, *[None] * (len(texts) - len(vocabulary.of_id))]
-    root, edges, labels, children, token_of = _trie(texts)
+    scores = np.array([score for _, score in model["vocab"]] if joints is None else [], np.float64)
+    none = np.zeros(0, np.int64)
     return Cutter(
-        root=root,
-        edges=edges,
-        labels=labels,
-        children=children,
-        token_of=token_of,
-        scores=scores,
+        trie=_trie(texts),
         lossy=np.array([mine != theirs for mine, theirs in zip(texts, of_id, strict=False)]),
         fallback=np.array([ids.get(f"<0x{byte:02X}>", -1) for byte in range(256)]),
-        unknown=float(scores.min()) - _UNKNOWN_PENALTY,
         spaces=words == SPACES,
+        scores=scores,
+        unknown=float(scores.min() if len(scores) else 0) - _UNKNOWN_PENALTY,
+        merges=(none, none, none) if joints is None else (joints.keys, joints.ranks, joints.into),
     )
 
 
-def _trie(texts: Sequence[bytes]) -> tuple[Array, Array, Array, Array, Array]:
-    """(root, edges, labels, children, token_of) of a `Cutter`; nodes are numbered level by level."""
+def _pieces(model: Mapping[str, Any]) -> list[str]:
+    """[V] the tokens' texts by id; ids that no token has are empty."""
+    if model["type"] == "Unigram":
+        return [piece for piece, _ in model["vocab"]]
+    found = [""] * (max(model["vocab"].values(), default=-1) + 1)
+    for piece, token in model["vocab"].items():
+        found[token] = piece
+    return found
+
+
+def _trie(texts: Sequence[bytes]) -> tuple[Array, ...]:
+    """See `Cutter.trie`; nodes are numbered level by level."""
     numbers: dict[bytes, int] = {}
     for prefix in sorted({text[:n] for text in texts for n in range(1, len(text) + 1)}, key=lambda p: (len(p), p)):
         numbers[prefix] = len(numbers)
@@ -112,7 +122,7 @@ def _trie(texts: Sequence[bytes]) -> tuple[Array, Array, Array, Array, Array]:
 
 
 def ready(cutter: Cutter | None, texts: int) -> Any:
-    """The compiled loops for so many texts, or None: another model, no numba, or too few texts to wait for it."""
+    """The compiled loops for so many texts, or None: no cutter, no numba, or too few texts to wait for it."""
     if cutter is None or compiled.kernels(texts * _WEIGHT) is None:
         return None
     from . import cut_kernels

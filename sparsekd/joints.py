@@ -32,7 +32,7 @@ class Joints:
     """The merges of a BPE.
 
     Attributes:
-        keys, ranks: [R] left V + right of each merge, ascending, and its rank.
+        keys, ranks, into: [R] left V + right of each merge, ascending, its rank, and what it makes.
         left, right: [V] what each token is made of, -1 for a symbol.
         made: [V] the rank of the merge that makes it, -1 for a symbol.
         odd: [V] bool, whether it is made, at some time, by a merge that is ranked before what it is made of.
@@ -40,6 +40,7 @@ class Joints:
 
     keys: Array
     ranks: Array
+    into: Array
     left: Array
     right: Array
     made: Array
@@ -63,9 +64,9 @@ def joints_of(model: Mapping[str, Any]) -> Joints:
             left[token], right[token], made[token] = *split, made_by[split][0]
     keys = np.array([a * size + b for a, b in made_by], np.int64)
     order = np.argsort(keys)
-    ranks = np.array([rank for rank, _ in made_by.values()], np.int64)
+    ranks, into = np.array(list(made_by.values()), np.int64).reshape(-1, 2)[order].T.copy()
     odd = _odd(left, right, made)
-    return Joints(keys=keys[order], ranks=ranks[order], left=left, right=right, made=made, odd=odd)
+    return Joints(keys=keys[order], ranks=ranks, into=into, left=left, right=right, made=made, odd=odd)
 
 
 def _last_merge(

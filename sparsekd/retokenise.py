@@ -58,7 +58,7 @@ class Pair:
         short: the student's tokens of at most 3 bytes: what bytes that are no text (half a character) become.
         crossed: [256, 256] bool, the neighbouring bytes that some token of the student's has inside it.
         words: what cuts a text before the student's model does, see `vocab_bytes.words_of`.
-        cutter: the student's Unigram model for compiled loops, else None.
+        cutter: the student's model for compiled loops, where there are some for it.
         joints: the student's merges, where a word is cut by BPE merges, whose tokens depend on their neighbours only.
     """
 
@@ -138,6 +138,7 @@ def pair_of(teacher: Any, student: Any, logit_width: int | None = None) -> Pair:
     of_teacher, of_student = vocabulary_bytes(teacher), vocabulary_bytes(student)
     width = max(logit_width or 0, len(of_teacher.of_id))
     backend, words = plain_backend(student), words_of(student)
+    joints = joints_of(model_of(student)) if cuts_by_merges(student) else None
     return Pair(
         teacher=of_teacher,
         student=of_student,
@@ -149,8 +150,8 @@ def pair_of(teacher: Any, student: Any, logit_width: int | None = None) -> Pair:
         short=_short(of_student),
         crossed=crossed_bytes(of_student.of_id),
         words=words,
-        cutter=cutter_of(backend, of_student, words),
-        joints=joints_of(model_of(student)) if cuts_by_merges(student) else None,
+        cutter=cutter_of(backend, of_student, words, joints),
+        joints=joints,
     )
 
 
@@ -260,11 +261,11 @@ def cut_texts(texts: Sequence[bytes], pair: Pair) -> list[Cut]:
 
 def cut_ids(texts: Sequence[bytes], pair: Pair) -> list[list[int] | None]:
     """The student's tokens of each text; None for a text that does not come back from them."""
-    return _as_lists(*cut_flat(texts, pair))
+    return _as_lists(*_cut_flat(texts, pair.backend, pair.student, pair.short))
 
 
 def cut_flat(texts: Sequence[bytes], pair: Pair) -> tuple[list[int], list[int]]:
-    """(ids, sizes): `cut_ids` one after another, and how many each text has, -1 for None."""
+    """(ids, sizes): `cut_ids` one after another, and how many each text has, -1 for None; compiled where possible."""
     loops = ready(pair.cutter, len(texts))
     if pair.cutter is not None and loops is not None and all(_decoded(text) is not None for text in texts):
         return cut_all(loops, pair.cutter, texts)
