@@ -461,6 +461,22 @@ def test_a_kernel_does_not_hang_on_the_numbers_of_ids(world, tokenizers, tmp_pat
             assert np.array_equal(a, b[:, ::-1])
 
 
+def test_over_a_cache_sampled_sets_are_unbiased(world, tokenizers, tmp_path, monkeypatch):
+    """Each token's mass over all rows, with large sets sampled less with whole ones: within 5 standard errors of 0."""
+    found = []
+    for likeliest in (1, 1000):
+        monkeypatch.setattr(open_kernel, "LIKELIEST", likeliest)
+        monkeypatch.setattr(open_kernel, "SAMPLED", 1)
+        out = tmp_path / str(likeliest)
+        transcode(cache=world.cache, tokenizer=tokenizers["other"], out=out, unresolved="kernel")
+        with CacheReader(out) as reader:
+            found.append(np.concatenate([dense(reader[row], reader.spec.logit_width) for row in range(len(reader))]))
+    noise = found[0] - found[1]
+    often = (noise > 1e-3).sum(0) > 20  # drawn so often
+    assert often.sum() >= 3
+    assert (np.abs(noise.sum(0)) <= 5 * np.sqrt((noise**2).sum(0)))[often].all()
+
+
 @pytest.mark.parametrize("unresolved", ["point", "kernel", "set"])
 def test_a_student_trains_on_it(transcoded, tmp_path, unresolved):
     """A cache like any other: canary, inspect, steps that learn; a student as wide as its tokenizer, with sets too."""
