@@ -477,7 +477,7 @@ def test_over_a_cache_sampled_sets_are_unbiased(world, tokenizers, tmp_path, mon
     assert (np.abs(noise.sum(0)) <= 5 * np.sqrt((noise**2).sum(0)))[often].all()
 
 
-@pytest.mark.parametrize("unresolved", ["point", "kernel", "set"])
+@pytest.mark.parametrize("unresolved", ["point", "set"])
 def test_a_student_trains_on_it(transcoded, tmp_path, unresolved):
     """A cache like any other: canary, inspect, steps that learn; a student as wide as its tokenizer, with sets too."""
     from sparsekd.inspect import describe_cache
