@@ -77,7 +77,8 @@ def test_large_sets_are_sampled_without_bias():
 #
 # Texts are two letters, a head and a tail, of two kinds that the student can tell apart. The teacher draws the letters
 # one by one; the student has tokens that join each of eight heads with one of two of its three tails. Two more heads
-# join with none: 91 % of the teacher's mass is open, and mostly stays the short token. All goes through `rewrite`.
+# join with none: 91 % of the teacher's mass is open, and mostly stays the short token. All goes through `rewrite`. The
+# population is ours: of the one that gave points .054 and dropping .389, only these figures are known.
 
 OPEN_HEADS, CLOSED_HEADS, TAILS = "ABCDEFGH", "QR", "xyz"
 HEADS = OPEN_HEADS + CLOSED_HEADS
