@@ -60,7 +60,7 @@ class PrefixSets:
         sizes = self.sizes(index)
         begins = self.first.index_select(0, index) - (sizes.cumsum(0) - sizes)
         which = torch.repeat_interleave(sizes, output_size=count)
-        places = begins.index_select(0, which) + torch.arange(len(which), device=which.device)
+        places = begins.index_select(0, which).add_(torch.arange(len(which), device=which.device))
         return which, self.order.index_select(0, places)
 
 
@@ -130,15 +130,16 @@ def take_apart(targets: SparseTargets, sets: PrefixSets) -> tuple[SparseTargets,
 
 
 def _entries(sets: PrefixSets, row: Tensor, index: Tensor, signed: Tensor, count: int) -> SetEntries:
-    counts = torch.zeros(count + 1, 2, dtype=torch.long, device=row.device)
-    counts[1:].index_add_(0, row, torch.stack([torch.ones_like(row), sets.sizes(index)], -1))
-    return SetEntries(sets=sets, row=row, index=index, signed=signed, cuts=counts.cumsum(0).tolist())
+    counts = torch.zeros(2, count + 1, dtype=torch.long, device=row.device)
+    for each, values in zip(counts, (torch.ones_like(row), sets.sizes(index)), strict=True):
+        each[1:].scatter_add_(0, row, values)
+    return SetEntries(sets=sets, row=row, index=index, signed=signed, cuts=counts.cumsum(1).T.tolist())
 
 
 def read_sets(logits_CV: Tensor, entries: SetEntries) -> SetsSeen:
     """Log-sum-exps of z / T over the rows' sets, each over its own tokens: a difference of sums loses small masses."""
     which, tokens = entries.sets.tokens(entries.index, entries.cuts[-1][1] - entries.cuts[0][1])
-    at = (entries.row * logits_CV.shape[-1]).index_select(0, which) + tokens
+    at = (entries.row * logits_CV.shape[-1]).index_select(0, which).add_(tokens)
     shares = logits_CV.view(-1).index_select(0, at)
     lowest = torch.full_like(entries.signed, torch.finfo(shares.dtype).min)  # where all of a set's logits are -inf
     largest = lowest.scatter_reduce_(0, which, shares, "amax")
