@@ -226,8 +226,12 @@ def times(sizes: Sizes, names: Iterable[str], rounds: int, warm: int = 1) -> dic
 
 def curve(name: str, values: Iterable[int], base: Sizes, rounds: int) -> list[dict[str, Any]]:
     """Cost against one of the sizes."""
-    points = (replace(base, **{name: value}) for value in values)
-    return [{name: getattr(point, name), "variants": times(point, ON_CURVES, rounds)} for point in points]
+    points = [replace(base, **{name: value}) for value in values]
+    found = [{name: getattr(point, name), "variants": times(point, ON_CURVES, rounds)} for point in points]
+    for each in found:
+        for variant in each["variants"].values():
+            del variant["seconds"]
+    return found
 
 
 def peak_bytes(variant: str, sizes: Sizes) -> int:

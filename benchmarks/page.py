@@ -326,7 +326,7 @@ def page(results: dict[str, Json], note: str, kind: Page = PAGES["cpu"]) -> str:
     absent = ", ".join(name for name, value in facts.items() if value is None)
     parts = [
         "# Benchmarks\n",
-        f"{kind.method} {note}\n",
+        f"{kind.method} {note}".rstrip() + "\n",
     ]
     if facts:
         unlike = f" Not installed, so not compared: {absent}." if absent else ""
