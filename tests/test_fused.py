@@ -119,7 +119,7 @@ def example_sets():
     return sets, SparseTargets(ids=ids, weights=weights)
 
 
-def set_gradients(leaves, labels, dtype=None, **options):
+def set_gradients(leaves, labels, **options):
     sets, targets = example_sets()
     loss = skd.fused_linear_sparse_kl(*leaves[:2], targets, bias=leaves[2], labels=labels, sets=sets, **options)
     return gradients(loss, leaves)
