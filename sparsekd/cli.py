@@ -147,7 +147,8 @@ def verify(
         print(f"  {problem}")
     if report.problems:
         _fail(f"{cache}: {len(report.problems)} problems in {report.shards} shards; run the same capture to mend them")
-    print(f"{cache}: {report.shards} shards, {report.rows:,} rows, every checksum holds")
+    if _speaks():
+        print(f"{cache}: {report.shards} shards, {report.rows:,} rows, every checksum holds")
     if teacher is not None:
         from sparsekd.recompute import recompute
         from sparsekd.vocab import quiet_transformers
@@ -155,13 +156,15 @@ def verify(
         quiet_transformers()
         with CacheReader(cache) as reader:
             found = recompute(reader, teacher, rows)
+        if not _speaks():
+            return
         if found["differing"] == 0:
             print(f"{found['rows']} rows drawn again from {teacher}: identical bit for bit")
         else:
             print(
                 f"{found['rows']} rows drawn again from {teacher}: {found['identical']} identical; "
                 f"{found['differing'] / found['positions']:.2%} of positions differ, mean total variation "
-                f"{found['drift']:.2e} (other hardware or software moves the last bits of logits)"
+                f"{found['drift']:.2e} (other hardware, software or tensor_parallel_size moves the last bits of logits)"
             )
 
 
