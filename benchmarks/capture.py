@@ -1,6 +1,6 @@
 """What capturing costs beside the teacher: end to end against its bare forward, and what one core codes and writes.
 
-    python benchmarks/capture.py [--teachers 10m,30m] [--vocab 32768] [--rounds 3] [--device cuda]
+    python benchmarks/capture.py [--teachers 10m,30m,10m:128256] [--vocab 32768] [--rounds 3] [--device cuda]
 
 The bare forward is `model(input_ids).logits` of the same rows in the same batches; capture is all that `sparsekd
 capture` does with them: body, head in chunks, 50 draws, coding, checking, writing. CPU seconds of the process, its
@@ -25,7 +25,7 @@ from timing import alternating, clock_for, machine, ratios
 from sparsekd import compiled, models, rng
 from sparsekd.cache import CacheSpec, CacheWriter, RowRecord
 from sparsekd.codec import codec_spec
-from sparsekd.drawing import HEAD_BYTES, Teacher, read_head, sampler_parameters, shard_batches
+from sparsekd.drawing import Teacher, head_chunk, read_head, sampler_parameters, shard_batches
 from sparsekd.shard_thread import ShardThread
 
 BATCH, BATCHES, DRAWS = 4, 3, 50
@@ -43,7 +43,7 @@ def cache_spec(vocab: int, rows: int, seq_len: int, codec: str = "raw24", device
         teacher={},
         tokenizer={},
         data={},
-        capture={"batch_size": BATCH, "head_chunk": max(1, HEAD_BYTES[device] // (4 * vocab))},
+        capture={"batch_size": BATCH, "head_chunk": head_chunk(vocab, device)},
     )
 
 
@@ -122,19 +122,24 @@ def writer_rate(vocab: int, codec: str, rounds: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--teachers", default="10m,30m")
+    parser.add_argument("--teachers", default="10m,30m,10m:128256", help="families, each with :V where not --vocab's")
     parser.add_argument("--vocab", type=int, default=32_768)
     parser.add_argument("--device", default="cpu", choices=SEQ_LEN)
     parser.add_argument("--rounds", type=int, default=3)
     a = parser.parse_args()
     torch.set_num_threads(1)
-    shares = [capture_share(name, a.vocab, a.rounds, a.device, SEQ_LEN[a.device]) for name in a.teachers.split(",")]
+    teachers = [each.partition(":") for each in a.teachers.split(",")]
+    shares = [
+        capture_share(name, int(vocab or a.vocab), a.rounds, a.device, SEQ_LEN[a.device]) for name, _, vocab in teachers
+    ]
     rates = {codec: writer_rate(128_256, codec, a.rounds + 2) for codec in ("raw24", "split")}
-    print("teacher     parameters       capture / bare      wall   teacher waited")
+    print("teacher     parameters         V       capture / bare      wall   teacher waited")
     for each in shares:
         cpu, wall = each["tokens_per_second_over_bare"], each["tokens_per_second_over_bare_wall"]
         size = f"{each['parameters'] / 1e6:.0f}M"
-        print(f"{each['teacher']:<12}{size:>10}{cpu:>23.2f}{wall:>10.2f}{each['teacher_waited']:>16.2%}")
+        print(
+            f"{each['teacher']:<12}{size:>10}{each['vocab']:>10}{cpu:>21.2f}{wall:>10.2f}{each['teacher_waited']:>16.2%}"
+        )
     for codec, rate in rates.items():
         print(f"{codec} coded, checked and written: {rate / 1e6:.2f}M tokens a second and core")
     print("\n" + json.dumps({"machine": machine(a.device), "capture": shares, "writer": rates}))

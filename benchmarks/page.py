@@ -190,7 +190,10 @@ def capture(found: Json, plots: str) -> str:
         for each in found["capture"]
     ]
     rows += [
-        [f"the teacher waits for the writer, {each['teacher']}", *bar(100 * each["teacher_waited"], 1, unit=" %")]
+        [
+            f"the teacher waits for the writer, {each['parameters'] / 1e6:.0f}M",
+            *bar(100 * each["teacher_waited"], 1, unit=" %"),
+        ]
         for each in found["capture"]
     ]
     rows += [

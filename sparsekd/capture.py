@@ -32,12 +32,12 @@ from sparsekd.codec import (
     default_codec,
 )
 from sparsekd.drawing import (
-    HEAD_BYTES,
     SKETCHES,
     Teacher,
     cpu_threads,
     default_shard_rows,
     draw_records,
+    head_chunk,
     head_order,
     open_teacher,
     order_settings,
@@ -209,7 +209,7 @@ def _make_spec(
         data=describe_rows(reader),
         capture={
             "batch_size": batch_size,
-            "head_chunk": max(1, HEAD_BYTES.get(device, HEAD_BYTES["cuda"]) // (4 * width)),
+            "head_chunk": head_chunk(width, device),
         }
         | ({"threads": torch.get_num_threads()} if device == "cpu" else {})
         | ({"positions": float(positions)} if positions < 1 else {}),

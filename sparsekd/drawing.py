@@ -30,8 +30,11 @@ from sparsekd.targets import SparseTargets
 from sparsekd.tensor_parallel import own_rows
 from sparsekd.vocabulary_order import order_hash, vocabulary_order
 
-# The head's fp32 logits exist for this many bytes at a time; part of the manifest through head_chunk.
-HEAD_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
+# The head's fp32 logits exist for this many bytes at a time, on a CPU for this many positions at least: each product
+# packs the whole head, and with 65 positions (V = 128,256) a capture took 1.4 times as long as with 512, with 256 (V =
+# 32,768) 1.08 times as long as with 1,024.
+HEAD_BYTES = {"cpu": 128 * 2**20, "cuda": 256 * 2**20}
+HEAD_ROWS = {"cpu": 512, "cuda": 1}
 # A shard is the unit of resume: at most 4M tokens (minutes of one accelerator), and 16 of them in a small cache.
 SHARD_TOKENS = 2**22
 # What capture takes beside the samplers: a teacher without ids, for students of other vocabularies.
@@ -174,6 +177,12 @@ def open_teacher(model: Any, spec: CacheSpec, order_V: Tensor | None = None) -> 
         )
     head, shard = own_rows(head, order_V, getattr(model, "tp_size", None) or 1)
     return Teacher(model=model, head=head, spec=spec, order_V=order_V, shard=shard)
+
+
+def head_chunk(width: int, device: str) -> int:
+    """Positions whose logits are made together; part of the manifest, for it may move their last bits."""
+    kind = "cpu" if device == "cpu" else "cuda"
+    return max(HEAD_ROWS[kind], HEAD_BYTES[kind] // (4 * width))
 
 
 def sampler_parameters(sampler: str) -> dict[str, Any]:

@@ -192,7 +192,9 @@ def test_changing_a_drawn_target_shows_as_drift(world, monkeypatch):
 
 def test_batches_never_materialise_all_logits(world, monkeypatch):
     """The head is applied to `head_chunk` positions at a time, whatever the batch, in the same memory."""
+    assert drawing.head_chunk(128_256, "cpu") == 512
     monkeypatch.setitem(drawing.HEAD_BYTES, "cpu", 4 * 300 * 5)
+    monkeypatch.setitem(drawing.HEAD_ROWS, "cpu", 1)
     seen, places = [], set()
     original = models.Head.write_logits
 
