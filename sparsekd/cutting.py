@@ -1,8 +1,8 @@
 """Texts cut as a SentencePiece tokenizer cuts them, but by compiled loops: for the many short ones that draws make.
 
-    cutter = cutter_of(backend, vocabulary, words, joints)      # None behind patterns: no loop does regular expressions
+    cutter = cutter_of(backend, vocabulary, words, joints)  # None behind patterns: no loop does regular expressions
     if loops := ready(cutter, len(texts)):
-        ids, sizes = cut_all(loops, cutter, texts)              # what `retokenise.cut_ids` asks the tokenizer for
+        ids, sizes = cut_all(loops, cutter, blob_of(texts))  # what `retokenise.cut_ids` asks the tokenizer for
 
 The tokenizer itself is what counts: its ids, for every text that its tokens give back, and none for the others.
 
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from . import compiled
 from .align import token_starts
 from .joints import Joints
-from .vocab_bytes import PATTERNS, SPACES, VocabBytes
+from .vocab_bytes import PATTERNS, SPACES, VocabBytes, decoded
 
 Array = NDArray[Any]
 
@@ -32,7 +32,7 @@ _UNKNOWN_PENALTY = 10.0  # below the least score: tokenizers' and SentencePiece'
 
 
 # A `retokenise.Context`: tail, head, cuts, opens.
-Read = tuple[bytes, bytes, tuple[int, ...], bool]
+Before = tuple[bytes, bytes, tuple[int, ...], bool]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,28 +144,19 @@ class Blob(NamedTuple):
 
 def blob_of(texts: Sequence[bytes]) -> Blob:
     """Texts as the loops take them."""
-    is_text = np.array([text.isascii() or _is_utf8(text) for text in texts], bool)
+    is_text = np.array([text.isascii() or decoded(text) is not None for text in texts], bool)
     first = token_starts(np.array([len(text) for text in texts], np.int64))
     return Blob(np.frombuffer(b"".join(texts), np.uint8), first, is_text)
 
 
-def _is_utf8(text: bytes) -> bool:
-    try:
-        text.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def cut_all(loops: Any, cutter: Cutter, texts: Sequence[bytes]) -> tuple[list[int], list[int]]:
+def cut_all(loops: Any, cutter: Cutter, texts: Blob) -> tuple[list[int], list[int]]:
     """(ids, sizes) of texts, all UTF-8: one after another, and how many each has, -1 where it does not come back."""
-    blob = blob_of(texts)
-    ids, sizes = np.empty(len(blob.data), np.int64), np.empty(len(texts), np.int64)
-    count = loops.cut(cutter.arrays(), blob[:2], blob.longest(), ids, sizes)
+    ids, sizes = np.empty(len(texts.data), np.int64), np.empty(len(texts.is_text), np.int64)
+    count = loops.cut(cutter.arrays(), texts[:2], texts.longest(), ids, sizes)
     return ids[:count].tolist(), sizes.tolist()
 
 
-def after(loops: Any, cutter: Cutter, contexts: Sequence[Read], pieces: Blob, which: Array, draws: Array) -> Array:
+def after(loops: Any, cutter: Cutter, contexts: Sequence[Before], pieces: Blob, which: Array, draws: Array) -> Array:
     """[M] int64 token 4 + fate (see `fates`; every token that ends where the draw does is OPEN) of draws, each in one
     of the contexts; -1 for bytes that are no text, and at the beginning of documents: ask the tokenizer."""
     all_tails, all_heads, all_cuts, opens = zip(*contexts, strict=True)

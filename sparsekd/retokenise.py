@@ -22,13 +22,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .align import identical_spans, last_start_before, shared_starts, token_starts
-from .cutting import Cutter, cut_all, cutter_of, ready
+from .cutting import Cutter, blob_of, cut_all, cutter_of, ready
 from .errors import MismatchError
 from .joints import Joints, joints_of
 from .vocab_bytes import (
     NEVER,
     VocabBytes,
     cuts_by_merges,
+    decoded,
     encode_texts,
     model_of,
     plain_backend,
@@ -267,8 +268,8 @@ def cut_ids(texts: Sequence[bytes], pair: Pair) -> list[list[int] | None]:
 def cut_flat(texts: Sequence[bytes], pair: Pair) -> tuple[list[int], list[int]]:
     """(ids, sizes): `cut_ids` one after another, and how many each text has, -1 for None; compiled where possible."""
     loops = ready(pair.cutter, len(texts))
-    if pair.cutter is not None and loops is not None and all(_decoded(text) is not None for text in texts):
-        return cut_all(loops, pair.cutter, texts)
+    if pair.cutter is not None and loops is not None and (blob := blob_of(texts)).is_text.all():
+        return cut_all(loops, pair.cutter, blob)
     return _cut_flat(texts, pair.backend, pair.student, pair.short)
 
 
@@ -301,17 +302,10 @@ def _cut_flat(
 
 def _read(texts: Sequence[bytes], backend: Any, short: dict[bytes, int]) -> Iterator[list[int]]:
     """The ids of each text; bytes that are no UTF-8 one by one, none at all where a byte has no token."""
-    decoded = [_decoded(text) for text in texts]
-    encodings = iter(encode_texts(backend, [text for text in decoded if text is not None]))
-    for text, whole in zip(texts, decoded, strict=True):
+    wholes = [decoded(text) for text in texts]
+    encodings = iter(encode_texts(backend, [whole for whole in wholes if whole is not None]))
+    for text, whole in zip(texts, wholes, strict=True):
         yield _read_runs(text, backend, short) if whole is None else next(encodings).ids
-
-
-def _decoded(text: bytes) -> str | None:
-    try:
-        return text.decode()
-    except UnicodeDecodeError:
-        return None
 
 
 def _read_runs(text: bytes, backend: Any, short: dict[bytes, int]) -> list[int]:

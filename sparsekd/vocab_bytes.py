@@ -308,6 +308,14 @@ def encode_texts(backend: Any, texts: Sequence[str], *, words: bool = False) -> 
     return found
 
 
+def decoded(data: bytes) -> str | None:
+    """The text, or None for bytes that are no UTF-8."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return None
+
+
 def valid_runs(data: bytes) -> Iterator[tuple[bytes, bool]]:
     """The bytes in order, cut into runs that are UTF-8 (True) and runs that are not."""
     while data:

@@ -14,11 +14,11 @@ import pytest
 from conftest import folder_bytes
 from slow_transcode import Slow, slow_counts, slow_kernel, slow_sets, slow_transcode
 from test_align import AMBIGUOUS, CORPUS, FAMILIES, PIECES, byte_level, fast, random_texts
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from sparsekd import compiled, open_kernel
 from sparsekd.cache import CacheReader, CacheWriter, check_alignment, verify
-from sparsekd.cutting import cut_all, ready
+from sparsekd.cutting import blob_of, cut_all, ready
 from sparsekd.errors import FormatError, MismatchError, RecipeError, SourceError
 from sparsekd.fates import DECIDED, OPEN, REJECTED, SHORT, Answers, answer
 from sparsekd.joints import APART, DOUBTFUL, JOINED, meet
@@ -30,7 +30,17 @@ from sparsekd.retokenise import Context, cut_ids, pair_of, retokenise, teachers_
 from sparsekd.set_table import SetTable, read_table, write_table
 from sparsekd.transcode import transcode
 from sparsekd.vocab import load_tokenizer
-from sparsekd.vocab_bytes import VocabBytes, encode_texts, plain_backend, text_of, vocabulary_bytes
+from sparsekd.vocab_bytes import (
+    ONE,
+    PATTERNS,
+    SPACES,
+    VocabBytes,
+    encode_texts,
+    plain_backend,
+    text_of,
+    vocabulary_bytes,
+    words_of,
+)
 
 TEXTS = [
     "The cat sees the dog, and counts 1 2 3.\n",
@@ -152,9 +162,11 @@ def test_the_fast_path_is_its_slow_twin(both_ways, unresolved):
             )
             assert {name: fast.masses[name][i] for name in masses} == pytest.approx(masses, abs=1e-12)
             seen = {name: seen[name] + mass for name, mass in masses.items()}
-    finer = names != ("small", "byte_level")  # else every student token starts where a teacher token does
-    expected = {"accepted", "rejected", "open", *["short"] * finer, *["dropped"] * (unresolved == "drop")}
-    assert {name for name, mass in seen.items() if mass} == expected
+    always = {"accepted", "rejected", "open", *["dropped"] * (unresolved == "drop")}
+    found = {name for name, mass in seen.items() if mass}
+    assert always <= found <= always | {"short"}
+    # There every student token starts where a teacher token does; what "rich" has hangs on this file's own text.
+    assert "rich" in names or ("short" in found) == (names != ("small", "byte_level"))
 
 
 @pytest.mark.parametrize("chain", [0, 2])
@@ -233,7 +245,7 @@ def test_a_teachers_cuts_tell_what_may_follow():
         assert bool(sets.holds_set(np.array([outer]), np.array([inner]))[0]) == inside
 
 
-def words_of(tokenizer):
+def tokens_of_words(tokenizer):
     """The pair of a tokenizer with itself, and those of its tokens that stand for a text inside one of its words."""
     pair = pair_of(tokenizer, tokenizer)
     letters = {n: piece for n, piece in enumerate(pair.student.of_id) if piece and piece.isalpha()}
@@ -244,7 +256,7 @@ def words_of(tokenizer):
 def test_merges_tell_which_tokens_stay_apart(families, name):
     """All pairs of words' tokens: the tokenizer cuts the two where `meet` says so, and nowhere else."""
     made = {**families, "many_ways": merged_in_many_ways()}
-    pair, words = words_of(made[name])
+    pair, words = tokens_of_words(made[name])
     before, after = (each.ravel() for each in np.meshgrid(words, words))
     pieces = pair.student.of_id
     read = cut_ids([pieces[a] + pieces[b] for a, b in zip(before.tolist(), after.tolist(), strict=True)], pair)
@@ -264,6 +276,19 @@ def merged_in_many_ways():
     backend = Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return fast(backend)
+
+
+def test_only_spaces_may_cut_before_a_compiled_loop(families):
+    """What cuts words, by family; a token that was added, and a normaliser that changes letters, are patterns too."""
+    assert {name: words_of(tokenizer) for name, tokenizer in families.items()} == {
+        "llama2_like": ONE, "unigram_like": SPACES,
+        **dict.fromkeys(("byte_level", "byte_level_with_prefix", "small", "regex", "rich"), PATTERNS),
+    }  # fmt: skip
+    added, lower = FAMILIES["llama2_like"](), FAMILIES["unigram_like"]()
+    added.add_tokens(["xy"])
+    lower.backend_tokenizer.normalizer = normalizers.Lowercase()
+    assert words_of(added) == words_of(lower) == PATTERNS
+    assert pair_of(added, lower).cutter is None
 
 
 @pytest.fixture
@@ -295,7 +320,7 @@ def test_compiled_loops_cut_as_the_tokenizer_does(families, at_once, name):
         *"  hetcTa" * 3,
     ]
     texts = [text.encode() for text in random_texts(5_000, pieces)]
-    ids, sizes = cut_all(ready(pair.cutter, len(texts)), pair.cutter, texts)
+    ids, sizes = cut_all(ready(pair.cutter, len(texts)), pair.cutter, blob_of(texts))
     told = iter(ids)
     found = [None if size < 0 else list(itertools.islice(told, size)) for size in sizes]
     assert found == cut_ids(texts, pair)
