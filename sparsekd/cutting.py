@@ -65,11 +65,11 @@ class Cutter:
 
 def cutter_of(backend: Any, vocabulary: VocabBytes, words: str, joints: Joints | None) -> Cutter | None:
     """A `tokenizers.Tokenizer` as a cutter, None if something before its model does more than make spaces and cut at
-    them; `words` as by `words_of`, `joints` of a BPE."""
+    them, or if it has no merges and no token for the unknown; `words` as by `words_of`, `joints` of a BPE."""
     model = json.loads(backend.to_str())["model"]
-    if words == PATTERNS or model.get("ignore_merges") or (joints is None) != (model["type"] == "Unigram"):
+    if words == PATTERNS or (joints is None) != (model["type"] == "Unigram"):
         return None
-    if model["type"] == "Unigram" and model["unk_id"] is None:
+    if (joints is None and model.get("unk_id") is None) or (joints is not None and not len(joints.keys)):
         return None
     pieces = _pieces(model)
     texts = [piece.replace("▁", " ").encode() for piece in pieces]

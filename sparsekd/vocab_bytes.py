@@ -144,12 +144,13 @@ def model_of(tokenizer: Any) -> dict[str, Any]:
 
 
 def words_of(tokenizer: Any) -> str:
-    """What cuts a text before the model does: ONE (nothing does), SPACES (each begins a word), or PATTERNS (more)."""
+    """What cuts a text before the model does: ONE (nothing does), SPACES (each begins a word), or PATTERNS (more, or a
+    BPE that looks words up whole before it merges)."""
     description = _description(tokenizer)
     added = [token for token in description["added_tokens"] if not token["special"]]
     normalizers = [part for part in _parts(_without_prefix(description["normalizer"])) if part["type"] != "Sequence"]
     cutters = [part for part in _parts(_without_prefix(description["pre_tokenizer"])) if part["type"] != "Sequence"]
-    if added or not all(map(_only_makes_spaces, [*normalizers, *cutters])):
+    if added or description["model"].get("ignore_merges") or not all(map(_only_makes_spaces, [*normalizers, *cutters])):
         return PATTERNS
     return SPACES if any(part.get("split", True) for part in cutters) else ONE
 

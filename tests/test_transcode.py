@@ -287,8 +287,12 @@ def test_only_spaces_may_cut_before_a_compiled_loop(families):
     added, lower = FAMILIES["llama2_like"](), FAMILIES["unigram_like"]()
     added.add_tokens(["xy"])
     lower.backend_tokenizer.normalizer = normalizers.Lowercase()
-    assert words_of(added) == words_of(lower) == PATTERNS
+    whole = json.loads(families["llama2_like"].backend_tokenizer.to_str())
+    whole["model"]["ignore_merges"] = True
+    assert words_of(added) == words_of(lower) == words_of(fast(Tokenizer.from_str(json.dumps(whole)))) == PATTERNS
     assert pair_of(added, lower).cutter is None
+    whole["model"] |= {"ignore_merges": False, "merges": []}
+    assert pair_of(lower, fast(Tokenizer.from_str(json.dumps(whole)))).cutter is None
 
 
 @pytest.fixture
