@@ -53,6 +53,7 @@ def open_teacher_model(path: str, size: int, *, dtype: str, device: str) -> Any:
     for heads in ("num_attention_heads", "num_key_value_heads"):
         if (getattr(config, heads, None) or size) % size:
             raise ModelError(f"{name} has {heads}={getattr(config, heads)}, no multiple of tensor_parallel_size={size}")
+    # transformers 5.17 opens it whole in every process, 5.23 refuses it.
     if not any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
         raise ModelError(
             f"transformers has no tensor-parallel plan for {name}; without tensor_parallel_size, torchrun's processes "

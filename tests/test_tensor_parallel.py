@@ -71,14 +71,23 @@ def process(rank, folder, rows, teacher):
         assert recompute(reader, teacher, rows=5, device="cpu")["identical"] == 5
     with pytest.raises(ModelError, match=r"Gemma2ForCausalLM has num_key_value_heads=1, no multiple of tensor_par"):
         capture(**settings | {"teacher": f"{folder}/narrow", "out": f"{folder}/no"}, tensor_parallel_size=2)
+    with pytest.raises(
+        ModelError, match=r"no tensor-parallel plan for GPT2LMHeadModel|GPT2LMHeadModel` has no `tp_plan`"
+    ):
+        capture(**settings | {"teacher": f"{folder}/gpt2", "out": f"{folder}/no"}, tensor_parallel_size=2)
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def folder(world, tmp_path_factory):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
     folder = tmp_path_factory.mktemp("parts")
     save_gemma2(folder / "gemma2")
     save_gemma2(folder / "narrow", num_key_value_heads=1)
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    ).save_pretrained(folder / "gpt2")
     mp.spawn(process, args=(str(folder), str(world.rows), str(world.teacher)), nprocs=2)
     return folder
 
