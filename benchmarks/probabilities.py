@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sparsekd import models
+from sparsekd import heads, models
 from sparsekd.codec_ints import encode_ints
 from sparsekd.codec_split import id_steps, run_starts
 from sparsekd.codec_weights import ratio_codes, ratio_levels
@@ -112,7 +112,7 @@ def main() -> None:
         with torch.no_grad():
             found.append(teacher(input_ids=tokens).logits[0, :-1].double().softmax(-1).topk(a.kept))
     p_NK, ids_NK = (torch.cat([getattr(each, name) for each in found]).numpy() for name in ("values", "indices"))
-    width = models.logit_width(teacher)
+    width = heads.logit_width(teacher)
     ranks = id_ranks([FlatTargets.from_padded(ids_NK, p_NK)], width, least=8).ranks
     print(f"top-k {a.kept}, {len(p_NK):,} positions, V = {width}")
     print(f"{'':<34}{'bytes':>8}{'nats':>10}{'sq. error':>12}{'worst':>8}{'nats / grid':>13}")

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsekd import generation, models, vocab
+from sparsekd import generation, heads, models, vocab
 from sparsekd.checks import check_at_least, make_folder
 from sparsekd.errors import RecipeError
 from sparsekd.files import write_atomically, write_json
@@ -103,7 +103,7 @@ def answer(
         },
         "settings": {
             "model": model,
-            "weights": models.weights_hash(models.inner_model(opened)),
+            "weights": models.weights_hash(heads.inner_model(opened)),
             "prompts": digest(questions),
             "max_new_tokens": max_new_tokens,
             "prompt_format": prompt_format,

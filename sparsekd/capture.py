@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import sparsekd
-from sparsekd import models, rng
+from sparsekd import heads, models, rng
 from sparsekd.cache import CacheSpec, CacheWriter
 from sparsekd.checks import check_at_least, check_seed
 from sparsekd.codec import (
@@ -46,7 +46,7 @@ from sparsekd.drawing import (
     sampler_parameters,
     shard_batches,
 )
-from sparsekd.errors import MismatchError, ModelError, RecipeError, StorageError
+from sparsekd.errors import ModelError, RecipeError, StorageError
 from sparsekd.folder import expected_row_bytes
 from sparsekd.making import copy_tokenizer, parse_shard_range, processes
 from sparsekd.manifest import shard_name
@@ -190,7 +190,7 @@ def _make_spec(
     positions: float = 1.0,
 ) -> CacheSpec:
     """Everything that the cache's bytes depend on, and what later stages compare."""
-    width, parameters = models.logit_width(model), {key: draws[key] for key in sampler_parameters(draws["name"])}
+    width, parameters = heads.logit_width(model), {key: draws[key] for key in sampler_parameters(draws["name"])}
     count = min(len(reader), limit_rows or len(reader))
     weighing: dict[str, Any] = {key: parameters[key] for key in ("temperature", "normalize") if key in parameters}
     if "top" in parameters:
@@ -321,13 +321,9 @@ def _engine(device: str) -> dict[str, Any]:
 def _check_teacher(model: Any, teacher: str, reader: RowsReader) -> None:
     """The teacher must read these rows: its context, its width, and its tokenizer where it brings one."""
     models.check_context(model, reader.seq_len, "teacher")
-    size = reader.manifest["tokenizer"]["vocab_size"]
-    if models.logit_width(model) < size:
-        raise MismatchError(
-            f"vocabulary differs: the rows' tokenizer has {size} tokens, teacher {teacher} makes "
-            f"{models.logit_width(model)} logits; pack the rows with the teacher's tokenizer"
-        )
-    models.check_own_tokenizer(teacher, reader.tokenizer_hash, "teacher", "pack the rows with the teacher's tokenizer")
+    way_out = "pack the rows with the teacher's tokenizer"
+    models.check_width(model, reader.manifest["tokenizer"]["vocab_size"], f"teacher {teacher}", way_out)
+    models.check_own_tokenizer(teacher, reader.tokenizer_hash, "teacher", way_out)
 
 
 def _preflight(source: Teacher, reader: RowsReader, todo: list[int], out: Path, force: bool) -> float:

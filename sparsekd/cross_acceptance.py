@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparsekd import models, vocab
+from sparsekd import heads, models, vocab
 from sparsekd.fates import OPEN, Answers, answer
 from sparsekd.packed import PackedRow, RowsReader, size_without_padding
 from sparsekd.retokenise import StudentRow, pair_of, retokenise
@@ -81,7 +81,7 @@ def open_exam(
     """
     model = models.open_model(teacher, device=device)
     with RowsReader(rows, split) as reader:
-        pair = pair_of(reader.tokenizer(), vocab.load_tokenizer(tokenizer), models.logit_width(model))
+        pair = pair_of(reader.tokenizer(), vocab.load_tokenizer(tokenizer), heads.logit_width(model))
         chosen = [reader[row] for row in np.unique(np.linspace(0, len(reader) - 1, count).astype(int)).tolist()]
     answers = Answers(pair=pair)
     own_rows = [_ids(row, pair.teacher.eos) for row in chosen]
@@ -122,12 +122,12 @@ def _numbered(tokens: list[np.ndarray]) -> np.ndarray:
 @torch.no_grad()
 def probabilities(model: Any, rows: list[np.ndarray], places: np.ndarray) -> np.ndarray:
     """[P, vocabulary] float64: a model's distribution of each place's token given its row's tokens before it."""
-    device, head, found = next(model.parameters()).device, models.head_of(model), []
+    device, head, found = next(model.parameters()).device, heads.head_of(model), []
     for number, ids in enumerate(rows):
         before = torch.from_numpy(places[places[:, 0] == number, 1] - 1).to(device)
         if len(before):
             inputs = torch.from_numpy(ids).to(device)[None]
-            hidden = models.body_of(model)(input_ids=inputs, use_cache=False).last_hidden_state[0]
+            hidden = heads.body_of(model)(input_ids=inputs, use_cache=False).last_hidden_state[0]
             found.append(head.logits(hidden[before]).double().softmax(-1).cpu().numpy())
     joined: np.ndarray = np.concatenate(found)
     return joined

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsekd.alm import alm
-from sparsekd.models import inner_model, replace_forward, router_loss
+from sparsekd.heads import inner_model, replace_forward, router_loss
 from sparsekd.overlay import Overlaid, OverlaidRow
 from sparsekd.prompted import PromptedRow
 from sparsekd.sketch import SortedCurve

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsekd import models
+from sparsekd import heads
 from sparsekd.cache import CacheSpec, RowRecord
 from sparsekd.codec import CODECS, CURVES, IMPORTANCE, FlatTargets, Importance, decode
 from sparsekd.errors import MismatchError, ModelError
@@ -65,7 +65,7 @@ class Teacher:
     """
 
     model: Any
-    head: models.Head
+    head: heads.Head
     spec: CacheSpec
     order_V: Tensor | None = None
     shard: VocabularyShard | None = None
@@ -111,7 +111,7 @@ class Teacher:
         if self.head.weight_VH is None:
             hidden = self.model(input_ids=ids, use_cache=False).logits
         else:
-            hidden = models.body_of(self.model)(input_ids=ids, use_cache=False).last_hidden_state
+            hidden = heads.body_of(self.model)(input_ids=ids, use_cache=False).last_hidden_state
         rows, positions = wanted.nonzero(as_tuple=True)
         return rows, positions, hidden[rows, positions], ids[rows, positions + 1]
 
@@ -140,15 +140,15 @@ def _draw_for(codec: dict[str, Any], order_V: Tensor | None, shard: VocabularySh
     return others.get(CODECS[codec["name"]].holds, targets)
 
 
-def read_head(model: Any) -> models.Head:
+def read_head(model: Any) -> heads.Head:
     """The model's head when body + head give its own logits, else a stand-in that takes its logits whole."""
     with suppress(ModelError):
-        if models.rebuilt_error(model) <= 0.05:
-            return models.head_of(model).whole()
-    return models.Head(weight_VH=None)
+        if heads.rebuilt_error(model) <= 0.05:
+            return heads.head_of(model).whole()
+    return heads.Head(weight_VH=None)
 
 
-def head_order(head: models.Head) -> Tensor | None:
+def head_order(head: heads.Head) -> Tensor | None:
     """The ids by the likeness of the head's rows, where the head is; None for a head that is not known."""
     return None if head.weight_VH is None else vocabulary_order(head.weight_VH)
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsekd import metrics, models
+from sparsekd import heads, metrics, models
 from sparsekd.checks import check_at_least, make_folder
 from sparsekd.errors import RecipeError, SourceError
 from sparsekd.files import write_atomically
@@ -64,7 +64,7 @@ def evaluate(
     student = _open(model, reader, dtype, device, "model")
     other = None if teacher is None else _open(teacher, reader, dtype, device, "teacher")
     size = reader.manifest["tokenizer"]["vocab_size"]
-    widths = [models.logit_width(model) for model in (student, other) if model is not None]
+    widths = [heads.logit_width(model) for model in (student, other) if model is not None]
     width = models.shared_width((widths[0], widths[-1]), size, "model and teacher")
     count = min(len(reader), limit_rows or len(reader))
     tally, bins = metrics.Tally(), metrics.CalibrationBins()
@@ -144,7 +144,7 @@ def _open_rows(rows: str | Path, split: str, **sizes: int | None) -> RowsReader:
 
 def _open(path: str, reader: RowsReader, dtype: str, device: str | None, whose: str) -> Any:
     model = models.open_model(path, dtype=dtype, device=device)
-    models.check_rebuilt(model)
+    heads.check_rebuilt(model)
     models.check_context(model, reader.seq_len, whose)
     models.check_own_tokenizer(path, reader.tokenizer_hash, whose, "evaluate on rows packed with its tokenizer")
     size, way_out = reader.manifest["tokenizer"]["vocab_size"], "evaluate on rows packed with its tokenizer"
@@ -162,16 +162,16 @@ def _chunks(model: Any, teacher: Any, batch: Any) -> Iterator[tuple[Tensor, Tens
     numbers = torch.from_numpy(np.asarray(batch.indices)).to(device)[rows]
     own = _hidden(model, ids)[rows, positions]
     other = own if teacher is None else _hidden(teacher, ids)[rows, positions]
-    step = max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (4 * models.logit_width(model)))
+    step = max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (4 * heads.logit_width(model)))
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
-        logits_CV = models.head_of(model).logits(own[part])
-        teacher_CV = None if teacher is None else models.head_of(teacher).logits(other[part])
+        logits_CV = heads.head_of(model).logits(own[part])
+        teacher_CV = None if teacher is None else heads.head_of(teacher).logits(other[part])
         yield logits_CV, teacher_CV, labels[part], numbers[part]
 
 
 def _hidden(model: Any, ids: Tensor) -> Tensor:
-    return models.body_of(model)(input_ids=ids, use_cache=False).last_hidden_state
+    return heads.body_of(model)(input_ids=ids, use_cache=False).last_hidden_state
 
 
 def _against_teacher(teacher_CV: Tensor, logits_CV: Tensor) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsekd import generation, models, vocab
+from sparsekd import generation, heads, models, vocab
 from sparsekd.checks import check_at_least, check_seed, make_folder
 from sparsekd.endpoint import KEY_VARIABLE, Endpoint, Unanswered, open_endpoint
 from sparsekd.errors import MismatchError, ModelError, RecipeError, SourceError
@@ -191,7 +191,7 @@ def _that_fit(ids: dict[str, list[int]], model: Any, sampling: Sampling) -> dict
     kept = {name: each for name, each in ids.items() if len(each) <= longest}
     if not kept:
         raise SourceError(f"every prompt has more than {longest} tokens; raise max_prompt_tokens={longest}")
-    context = getattr(models.inner_model(model).config.get_text_config(), "max_position_embeddings", None) or math.inf
+    context = getattr(heads.inner_model(model).config.get_text_config(), "max_position_embeddings", None) or math.inf
     over = {name: len(each) for name, each in kept.items() if len(each) + sampling.max_new_tokens > context}
     if over:
         name, room = next(iter(over)), context - sampling.max_new_tokens
@@ -207,7 +207,7 @@ def _that_fit(ids: dict[str, list[int]], model: Any, sampling: Sampling) -> dict
 def _settings(model: Any, tokenizer: Any, prompts: list[Prompt], sampling: Sampling, rater: Endpoint) -> Line:
     """What the record's numbers depend on: not the address, for servers move, and never the key."""
     return asdict(sampling) | {
-        "weights": models.weights_hash(models.inner_model(model)),
+        "weights": models.weights_hash(heads.inner_model(model)),
         "tokenizer": vocab.fingerprint(tokenizer),
         "prompts": digest(prompts),
         "judge_model": rater.model,

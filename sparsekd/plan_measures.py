@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsekd import models
+from sparsekd import heads, models
 from sparsekd.codec import CODECS, COUNTS, WEIGHTS, codec_spec
 from sparsekd.drawing import read_head
 from sparsekd.errors import RecipeError
@@ -89,7 +89,7 @@ class Reading:
         if self.student is not None:
             models.check_width(self.student, size, f"student {student}", "an angle needs one vocabulary")
             models.cut_padding(self.model, self.student, size, "teacher and student")
-        self.head, self.width = read_head(self.model), models.logit_width(self.model)
+        self.head, self.width = read_head(self.model), heads.logit_width(self.model)
         self.unigram_V = torch.zeros(self.width, dtype=torch.float64, device=self.model.device)
         self.seconds = 0.0
         self.positions = 0
@@ -130,11 +130,11 @@ class Reading:
             yield part, logits_CV, theirs_NH[part], guess
 
 
-def _features(model: Any, head: models.Head, ids_BL: Tensor) -> Tensor:
+def _features(model: Any, head: heads.Head, ids_BL: Tensor) -> Tensor:
     """[B (L - 1), H] what the head reads, of the positions that have a next token."""
     if head.weight_VH is None:
         return model(input_ids=ids_BL, use_cache=False).logits[:, :-1].flatten(0, 1)
-    found = models.body_of(model)(input_ids=ids_BL, use_cache=False).last_hidden_state
+    found = heads.body_of(model)(input_ids=ids_BL, use_cache=False).last_hidden_state
     return found[:, :-1].flatten(0, 1)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsekd import metrics, models
+from sparsekd import heads, metrics, models
 from sparsekd.checks import check_at_least, check_seed, make_folder
 from sparsekd.errors import MismatchError, ModelError, RecipeError, SourceError
 from sparsekd.files import write_atomically
@@ -213,7 +213,7 @@ def _open_pair(teacher: str, student: str, reader: RowsReader, dtype: str, devic
     )
     for path, whose in ((teacher, "teacher"), (student, "student")):
         model = models.open_model(path, dtype=dtype, device=device)
-        models.check_rebuilt(model)
+        heads.check_rebuilt(model)
         models.check_own_tokenizer(path, reader.tokenizer_hash, whose, way_out)
         models.check_width(model, size, f"{whose} {path}", way_out)
         opened.append(model)
@@ -223,7 +223,7 @@ def _open_pair(teacher: str, student: str, reader: RowsReader, dtype: str, devic
 
 def _check_context(model: Any, whose: str, seq_len: int, prompt_tokens: int, new_tokens: int) -> None:
     models.check_context(model, seq_len, whose)
-    context = getattr(models.inner_model(model).config.get_text_config(), "max_position_embeddings", None)
+    context = getattr(heads.inner_model(model).config.get_text_config(), "max_position_embeddings", None)
     if context and prompt_tokens + new_tokens > context:
         raise MismatchError(
             f"prompt_tokens={prompt_tokens} and new_tokens={new_tokens} are beyond the {whose}'s context of {context} "
@@ -250,12 +250,12 @@ def _along_rows(teacher: Any, student: Any, reader: RowsReader, count: int) -> l
 def _acceptance(teacher: Any, student: Any, ids_L: Tensor) -> tuple[Tensor, Tensor]:
     """Σ min(p, q) and min(1, q(x) / p(x)) for the tokens 1 .. L-1 of a text, float64 [L-1] on the CPU."""
     ids = ids_L.to(next(teacher.parameters()).device)
-    hidden = [models.body_of(m)(input_ids=ids[None], use_cache=False).last_hidden_state[0] for m in (teacher, student)]
+    hidden = [heads.body_of(m)(input_ids=ids[None], use_cache=False).last_hidden_state[0] for m in (teacher, student)]
     sums, kept = [], []
     for start in range(0, len(ids) - 1, CHUNK_POSITIONS):
         part = slice(start, min(start + CHUNK_POSITIONS, len(ids) - 1))
         labels_C = ids[1:][part]
-        p_CV, q_CV = (models.head_of(m).logits(h[part]) for m, h in zip((teacher, student), hidden, strict=True))
+        p_CV, q_CV = (heads.head_of(m).logits(h[part]) for m, h in zip((teacher, student), hidden, strict=True))
         sums.append(metrics.speculative_acceptance(p_CV, q_CV).double().cpu())
         gap_C = metrics.token_losses(p_CV, labels_C).double() - metrics.token_losses(q_CV, labels_C).double()
         kept.append(gap_C.clamp(max=0).exp().cpu())

@@ -22,8 +22,8 @@ from sparsekd.cache import CacheReader
 from sparsekd.divergences import check_divergence, check_sparse_divergence, full_divergence, sparse_divergence
 from sparsekd.errors import MismatchError, ModelError
 from sparsekd.fused import fused_linear_sparse_kl
+from sparsekd.heads import body_of, check_rebuilt, head_of, inner_model, replace_forward, router_loss
 from sparsekd.losses import LossOptions, full_kl
-from sparsekd.models import body_of, check_rebuilt, head_of, inner_model, replace_forward, router_loss
 from sparsekd.order import permute, permute_near
 from sparsekd.padded import pad_rows
 from sparsekd.prefix_sets import PrefixSets

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sparsekd import models
+from sparsekd import heads, models
 from sparsekd.errors import ModelError, RecipeError
 from sparsekd.fused_parallel import VocabularyShard
 from sparsekd.inversion import BLOCK
@@ -50,9 +50,9 @@ def open_teacher_model(path: str, size: int, *, dtype: str, device: str) -> Any:
 
     model = models.open_model(path, dtype=dtype, device=device, distributed_config=DistributedConfig(tp_size=size))
     name, config = type(model).__name__, model.config.get_text_config()
-    for heads in ("num_attention_heads", "num_key_value_heads"):
-        if (getattr(config, heads, None) or size) % size:
-            raise ModelError(f"{name} has {heads}={getattr(config, heads)}, no multiple of tensor_parallel_size={size}")
+    for each in ("num_attention_heads", "num_key_value_heads"):
+        if (getattr(config, each, None) or size) % size:
+            raise ModelError(f"{name} has {each}={getattr(config, each)}, no multiple of tensor_parallel_size={size}")
     # transformers 5.17 opens it whole in every process, 5.23 refuses it.
     if not any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
         raise ModelError(
@@ -62,7 +62,7 @@ def open_teacher_model(path: str, size: int, *, dtype: str, device: str) -> Any:
     return model
 
 
-def own_rows(head: models.Head, order_V: Tensor | None, size: int) -> tuple[models.Head, VocabularyShard | None]:
+def own_rows(head: heads.Head, order_V: Tensor | None, size: int) -> tuple[heads.Head, VocabularyShard | None]:
     """Of a whole head, what this process draws from: `Head.in_order(order)` with its share of the ids' rows alone.
 
     Shares end at whole blocks of `inversion.BLOCK` ids, as whole heads are drawn from, but for the last.

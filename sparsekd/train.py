@@ -8,7 +8,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from sparsekd import models
+from sparsekd import heads, models
 from sparsekd.cache import CacheReader
 from sparsekd.checks import make_folder
 from sparsekd.cross_set import open_cross_heldout, open_cross_set, tokenizer_of
@@ -197,7 +197,7 @@ def _run(out: Path, recipe: dict[str, Any], data: TrainingSet, progress: bool, c
         args=_arguments(recipe, steps, progress),
         train_dataset=CacheDataset(data.rows, seed=recipe["seed"], multiple_of=rows_per_step),
         eval_dataset=None if heldout is None else CacheDataset(heldout, shuffle=False, limit=recipe["eval_limit"]),
-        data_collator=_collator(recipe["method"], data, models.logit_width(model)),
+        data_collator=_collator(recipe["method"], data, heads.logit_width(model)),
         callbacks=[clock := pace(evaluates=heldout is not None), *callbacks],
     )
     if not progress:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sparsekd import models, vocab
+from sparsekd import heads, models, vocab
 from sparsekd.cache import CacheReader, check_alignment
 from sparsekd.errors import MismatchError, RecipeError, SourceError
 from sparsekd.overlay import OverlaidRows
@@ -152,7 +152,7 @@ def check_student(model: Any, student: Any, data: TrainingSet, *, under_teacher:
         MismatchError: context, vocabulary or tokenizer, with both values.
     """
     models.check_context(model, data.seq_len, "student")
-    width, tokens = models.logit_width(model), data.tokenizer["vocab_size"]
+    width, tokens = heads.logit_width(model), data.tokenizer["vocab_size"]
     models.check_width(model, tokens, "the student", "take a student of the same tokenizer")
     if width <= data.id_max:  # draws of ids that are no tokens: the collator leaves them out
         models.shared_width((data.logit_width, width), tokens, "the cache's teacher and the student")
@@ -186,7 +186,7 @@ def open_teacher(teacher: str | None, data: TrainingSet, *, dtype: str, device: 
     way_out = "pack the rows with the teacher's tokenizer"
     models.check_own_tokenizer(teacher, data.tokenizer["hash"], "teacher", way_out)
     models.check_context(model, data.seq_len, "teacher")
-    width, of_cache = models.logit_width(model), isinstance(data.rows, CacheReader)
+    width, of_cache = heads.logit_width(model), isinstance(data.rows, CacheReader)
     if width != data.logit_width and (of_cache or width < data.logit_width):
         raise MismatchError(
             f"vocabulary differs: the training set has {data.logit_width} logits, teacher {teacher} makes {width}; "

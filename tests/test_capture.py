@@ -16,7 +16,7 @@ from conftest import SEQ_LEN, folder_bytes, write_corpus
 
 import sparsekd as skd
 from sparsekd import capture as capture_module
-from sparsekd import drawing, models
+from sparsekd import drawing, heads, models
 from sparsekd.capture import capture
 from sparsekd.errors import MismatchError, ModelError, RecipeError, StorageError
 from sparsekd.packed import RowsReader
@@ -196,19 +196,19 @@ def test_batches_never_materialise_all_logits(world, monkeypatch):
     monkeypatch.setitem(drawing.HEAD_BYTES, "cpu", 4 * 300 * 5)
     monkeypatch.setitem(drawing.HEAD_ROWS, "cpu", 1)
     seen, places = [], set()
-    original = models.Head.write_logits
+    original = heads.Head.write_logits
 
     def write_logits(self, hidden, out):
         seen.append(len(hidden))
         places.add(out.data_ptr())
         return original(self, hidden, out)
 
-    monkeypatch.setattr(models.Head, "write_logits", write_logits)
+    monkeypatch.setattr(heads.Head, "write_logits", write_logits)
     reader = RowsReader(world.rows)
     model = models.open_model(world.teacher, device="cpu")
     draws = {**SAMPLER, "temperature": 1.0, "normalize": True, "seed": 0}
     spec = capture_module._make_spec(reader, model, world.teacher, draws, None, 8, 40, 8)
-    source = drawing.Teacher(model=model, head=models.head_of(model), spec=spec)
+    source = drawing.Teacher(model=model, head=heads.head_of(model), spec=spec)
     batch = reader.batch(range(8))
     seen.clear()
     source.draw(batch.input_ids, batch.supervised, 0)
@@ -224,7 +224,7 @@ def test_logits_written_into_memory_are_the_same_to_the_bit(form, dtype):
     numbers = torch.Generator().manual_seed(0)
     weight, hidden = (torch.randn(size, 48, generator=numbers).to(dtype) for size in (1000, 64))
     bias = {"bias": torch.randn(1000, generator=numbers).to(dtype)} if "bias" in form else {}
-    head, out = models.Head(weight_VH=weight, **form | bias), torch.full((64, 1000), torch.nan, dtype=dtype)
+    head, out = heads.Head(weight_VH=weight, **form | bias), torch.full((64, 1000), torch.nan, dtype=dtype)
     for count in (64, 63, 7, 1):
         found = head.write_logits(hidden[:count], out[:count])
         assert found.data_ptr() == out.data_ptr()

@@ -91,6 +91,7 @@ LAYERS: dict[str, set[str]] = {
         "packed",
         "packing",
         "rows",
+        "heads",
         "models",
         "tensor_parallel",
         "generation",

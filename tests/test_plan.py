@@ -14,7 +14,7 @@ import yaml
 from typer.testing import CliRunner
 
 import sparsekd as skd
-from sparsekd import models
+from sparsekd import heads, models
 from sparsekd.capture import capture
 from sparsekd.cli import app
 from sparsekd.codec import encode_row
@@ -88,7 +88,7 @@ def head_world(world):
     """(hidden, logits, tokens of the stand-in) of every position of the held-out split."""
     reader, model = RowsReader(world.rows, "heldout"), models.open_model(world.teacher, device="cpu")
     tokens = torch.from_numpy(reader.batch(range(len(reader))).input_ids.astype(np.int64))
-    hidden = models.body_of(model)(input_ids=tokens).last_hidden_state[:, :-1].flatten(0, 1)
+    hidden = heads.body_of(model)(input_ids=tokens).last_hidden_state[:, :-1].flatten(0, 1)
     return hidden.double(), model(input_ids=tokens).logits[:, :-1].flatten(0, 1)
 
 
@@ -143,7 +143,7 @@ def test_the_price_of_half_the_positions_is_that_of_draws(world, tmp_path):
     tokens = torch.from_numpy(reader.batch(range(len(reader))).input_ids.astype(np.int64))
     teacher, learner = (models.open_model(str(path), device="cpu") for path in (world.teacher, student))
     logits = teacher(input_ids=tokens).logits[:, :-1].flatten(0, 1)
-    hidden = models.body_of(learner)(input_ids=tokens).last_hidden_state[:, :-1].flatten(0, 1).double()
+    hidden = heads.body_of(learner)(input_ids=tokens).last_hidden_state[:, :-1].flatten(0, 1).double()
     p, q = logits.double().softmax(-1), learner(input_ids=tokens).logits[:, :-1].flatten(0, 1).double().softmax(-1)
     full = (q - p).T @ hidden
     rows = torch.arange(len(reader)).repeat_interleave(tokens.shape[1] - 1)

@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 from conftest import SEQ_LEN, folder_bytes
 
 import sparsekd as skd
-from sparsekd import models, tensor_parallel
+from sparsekd import heads, tensor_parallel
 from sparsekd.capture import capture
 from sparsekd.errors import MismatchError, ModelError, RecipeError
 from sparsekd.manifest import shard_name
@@ -119,7 +119,7 @@ def test_shares_are_the_head_in_order(monkeypatch):
     numbers = torch.Generator().manual_seed(0)
     weight, bias, hidden = torch.randn(300, 8, generator=numbers), torch.randn(300, generator=numbers), torch.ones(2, 8)
     order = torch.randperm(300, generator=numbers)
-    head = models.Head(weight_VH=weight, bias=bias, scale=0.5, softcap=3.0)
+    head = heads.Head(weight_VH=weight, bias=bias, scale=0.5, softcap=3.0)
     starts, logits = [], []
     for rank in range(3):
         monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
@@ -129,7 +129,7 @@ def test_shares_are_the_head_in_order(monkeypatch):
     assert starts == [0, 96, 192]
     torch.testing.assert_close(torch.cat(logits, -1), head.logits(hidden)[:, order])
     with pytest.raises(ModelError, match="cannot be read, so it cannot be split"):
-        tensor_parallel.own_rows(models.Head(weight_VH=None), None, 2)
+        tensor_parallel.own_rows(heads.Head(weight_VH=None), None, 2)
 
 
 def test_what_parts_cannot_do_is_refused_before_the_teacher_is_opened(world, tmp_path, monkeypatch):

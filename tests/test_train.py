@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 import sparsekd as skd
-from sparsekd import models
+from sparsekd import heads, models
 from sparsekd.cache import CacheWriter, RowRecord
 from sparsekd.errors import (
     FormatError,
@@ -331,7 +331,7 @@ def test_every_method_learns(world, tmp_path, method):
     assert metrics["fingerprint"] == RowsReader(world.rows).fingerprint
     assert not [p for p in (tmp_path / "s").iterdir() if p.name in ("runs", "wandb", "mlruns")]
     again = models.open_model(str(tmp_path / "s"), device="cpu")
-    assert models.logit_width(again) == 300
+    assert heads.logit_width(again) == 300
 
 
 def test_the_learning_rates_are_those_stated(world, tmp_path):
@@ -469,7 +469,7 @@ def test_students_that_do_not_fit(world, tmp_path):
     assert not (tmp_path / "s").exists()
     # Plain rows know their tokenizer only: a teacher padded beyond it makes a student as wide.
     run(world, tmp_path / "s", **kd, teacher=str(tmp_path / "wide"), rows=world.rows, max_steps=1)
-    assert models.logit_width(models.open_model(str(tmp_path / "s"), device="cpu")) == 320
+    assert heads.logit_width(models.open_model(str(tmp_path / "s"), device="cpu")) == 320
 
 
 def test_a_teacher_padded_further_than_its_student(world, tmp_path):

@@ -8,7 +8,7 @@ import torch
 from conftest import folder_bytes
 
 import sparsekd as skd
-from sparsekd import models
+from sparsekd import heads, models
 from sparsekd import vocabulary_order as module
 from sparsekd.cache import verify
 from sparsekd.capture import capture
@@ -187,7 +187,7 @@ def test_merged_parts_share_an_order(world, tmp_path):
 
 def test_a_head_that_cannot_be_read(world, tmp_path, monkeypatch):
     """The default then draws in the order of ids, and sampler.order=head is refused; so is an order that is none."""
-    monkeypatch.setattr("sparsekd.capture.read_head", lambda model: models.Head(weight_VH=None))
+    monkeypatch.setattr("sparsekd.capture.read_head", lambda model: heads.Head(weight_VH=None))
     assert run(world, tmp_path / "c")["spec"]["sampler"]["order"] == "ids"
     with pytest.raises(ModelError, match=r"sampler\.order=head needs a head that can be read"):
         run(world, tmp_path / "d", order="head")
@@ -205,7 +205,7 @@ def test_a_head_that_cannot_be_read(world, tmp_path, monkeypatch):
 def test_a_head_in_order_gives_ordered_logits():
     """Bias, scale and soft-cap go along; without a weight there is nothing to order."""
     hidden, order = head(5, 8), torch.randperm(30, generator=torch.Generator().manual_seed(0))
-    plain = models.Head(weight_VH=head(30, 8), bias=head(30, 1)[:, 0], scale=0.5, softcap=3.0)
+    plain = heads.Head(weight_VH=head(30, 8), bias=head(30, 1)[:, 0], scale=0.5, softcap=3.0)
     torch.testing.assert_close(plain.in_order(order).logits(hidden), plain.logits(hidden)[:, order])
     with pytest.raises(ModelError, match="no rows to put in order"):
-        models.Head(weight_VH=None).in_order(order)
+        heads.Head(weight_VH=None).in_order(order)
