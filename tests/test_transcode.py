@@ -606,6 +606,18 @@ def test_a_bpe_with_truncated_merges_has_an_exact_answer():
     assert (np.abs(mean - exact) <= 5 * error + 1e-12).all()
 
 
+def test_draws_of_a_padded_head_are_rejected():
+    """An id beyond the teacher's tokenizer is no text: its mass is rejected, the others' made whole."""
+    teacher = byte_level()
+    pair = pair_of(teacher, teacher, len(teacher) + 20)
+    none = np.zeros(1, np.int64)
+    draws = one_position(np.array([5, 30, len(teacher) + 7]), np.array([0.5, 0.3, 0.2]))
+    found = rewrite(draws, Places(source=none, context=none, labels=none - 1), Answers(pair=pair), chain=0)
+    assert found.token.tolist() == [5, 30]
+    assert found.weight == pytest.approx([0.625, 0.375])
+    assert [found.masses[name][0] for name in ("accepted", "rejected")] == pytest.approx([0.8, 0.2])
+
+
 def test_draws_after_a_word_are_conditioned_on_its_cut(families):
     """What would have joined the word before is rejected, the rest is p over its sum: all draws, read one by one."""
     teacher, student = families["byte_level"], families["byte_level"]
