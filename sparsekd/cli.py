@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sparsekd.console import Bar, capture_progress, estimate, listed, many, number, show_training, speaks
 from sparsekd.errors import SparseKDError
 
 app = typer.Typer(
@@ -45,13 +46,13 @@ def pack(config: Recipe = None, settings: Settings = None, show: ShowSettings = 
     """Documents -> rows: tokenise, shuffle, join and cut to seq_len; train and held-out splits."""
     manifest = _run("pack", config, settings, show)
     for name, split in manifest["splits"].items():
-        print(f"{name:>8}: {split['rows']:,} rows, {split['tokens']:,} tokens, {_many(split['documents'], 'document')}")
+        print(f"{name:>8}: {split['rows']:,} rows, {split['tokens']:,} tokens, {many(split['documents'], 'document')}")
 
 
 @app.command(epilog=_example("repack", "rows=rows tokenizer=OTHER out=other-rows"), rich_help_panel=CACHE)
 def repack(config: Recipe = None, settings: Settings = None, show: ShowSettings = False) -> None:
     """Rows -> the same rows, text for text, in another tokenizer's tokens: for a second teacher, or a student."""
-    with _bar("row") as progress:
+    with Bar("row") as progress:
         manifest = _run("repack", config, settings, show, progress=progress)
     for name, split in manifest["splits"].items():
         empty = ", ".join(
@@ -61,15 +62,6 @@ def repack(config: Recipe = None, settings: Settings = None, show: ShowSettings 
             f"{name:>8}: {split['rows']:,} rows of {manifest['seq_len']}, {split['tokens']:,} tokens"
             + (f"; {empty}" if empty else "")
         )
-
-
-def _speaks() -> bool:
-    """Under torchrun, one process does."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _many(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
 @app.command(epilog=_example("plan", "rows=rows teacher=MODEL tokens=1e10 out=plan"), rich_help_panel=CACHE)
@@ -87,7 +79,7 @@ def plan(
 
     goals = {"fidelity": fidelity, "angle": angle, "budget_gb": budget_gb, "plot": "true" if plot else None}
     words = [*(settings or []), *(f"{name}={value}" for name, value in goals.items() if value is not None)]
-    with _bar("row") as progress:
+    with Bar("row") as progress:
         result = _run("plan", config, words, show, progress=progress)
     print(plan_text(result))
     print(f"\nthe choice's recipe: sparsekd capture -c {result['recipe']}")
@@ -105,9 +97,9 @@ def capture(
     words = list(settings or [])
     words += [f"shard_range={shard_range}"] if shard_range else []
     words += ["force=true"] if force else []
-    with _bar("tok") as progress:
-        manifest = _run("capture", config, words, show, progress=_capture_progress(progress))
-    if manifest is not None and "tensor_parallel_size" in manifest["spec"]["capture"] and not _speaks():
+    with Bar("tok") as progress:
+        manifest = _run("capture", config, words, show, progress=capture_progress(progress))
+    if manifest is not None and "tensor_parallel_size" in manifest["spec"]["capture"] and not speaks():
         return
     if manifest is None:
         print("this worker's shards are made; others are still missing: the cache is complete when they are")
@@ -141,13 +133,13 @@ def verify(
     from sparsekd.cache import CacheReader
     from sparsekd.cache import verify as verify_cache
 
-    with _bar("shard") as progress:
+    with Bar("shard") as progress:
         report = verify_cache(cache, progress=progress)
     for problem in report.problems:
         print(f"  {problem}")
     if report.problems:
         _fail(f"{cache}: {len(report.problems)} problems in {report.shards} shards; run the same capture to mend them")
-    if _speaks():
+    if speaks():
         print(f"{cache}: {report.shards} shards, {report.rows:,} rows, every checksum holds")
     if teacher is not None:
         from sparsekd.recompute import recompute
@@ -156,7 +148,7 @@ def verify(
         quiet_transformers()
         with CacheReader(cache) as reader:
             found = recompute(reader, teacher, rows)
-        if not _speaks():
+        if not speaks():
             return
         if found["differing"] == 0:
             print(f"{found['rows']} rows drawn again from {teacher}: identical bit for bit")
@@ -173,7 +165,7 @@ def merge(config: Recipe = None, settings: Settings = None, show: ShowSettings =
     """Caches of the same rows with different seeds -> one cache of all their draws, without loss."""
     caches = [word for word in settings or [] if "=" not in word]
     words = [word for word in settings or [] if "=" in word] + ([f"caches={json.dumps(caches)}"] if caches else [])
-    with _bar("shard") as progress:
+    with Bar("shard") as progress:
         manifest = _run("merge", config, words, show, progress=progress)
     sampler, stats = manifest["spec"]["sampler"], manifest["stats"]
     print(
@@ -188,10 +180,10 @@ def merge(config: Recipe = None, settings: Settings = None, show: ShowSettings =
 )
 def misalign(config: Recipe = None, settings: Settings = None, show: ShowSettings = False) -> None:
     """Cache -> the same tokens packed otherwise, with targets of the wrong contexts: to measure what that costs."""
-    with _bar("shard") as progress:
+    with Bar("shard") as progress:
         fates = _run("misalign", config, settings, show, progress=progress)
     dropped = {name.removeprefix("dropped_"): count for name, count in fates.items() if name.startswith("dropped_")}
-    print(f"{fates['carried']:,} targets carried to other contexts; dropped: " + _counts(dropped))
+    print(f"{fates['carried']:,} targets carried to other contexts; dropped: " + listed(dropped))
 
 
 @app.command(epilog=_example("transcode", "CACHE tokenizer=STUDENT out=transcoded"), rich_help_panel=AGAIN)
@@ -205,7 +197,7 @@ def transcode(
     """Cache -> cache in another tokenizer's vocabulary, without the teacher. Run again to resume."""
     words = [cache if "=" in cache else f"cache={cache}"] if cache else []
     words += [*(settings or []), *(["dry_run=true"] if dry_run else [])]
-    with _bar("shard") as progress:
+    with Bar("shard") as progress:
         result = _run("transcode", config, words, show, progress=progress)
     for name, value in result["survey"].items():
         shown = f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
@@ -218,20 +210,16 @@ def transcode(
 @app.command(epilog=_example("pool", "caches=[A, B] weights=[0.7, 0.3] out=pooled"), rich_help_panel=AGAIN)
 def pool(config: Recipe = None, settings: Settings = None, show: ShowSettings = False) -> None:
     """Caches of several teachers on the same rows -> one, the weighted mean of their targets. Run again to resume."""
-    with _bar("shard") as progress:
+    with Bar("shard") as progress:
         stats = _run("pool", config, settings, show, progress=progress)["stats"]
     print(f"{stats['positions']:,} positions with {stats['pairs'] / max(stats['positions'], 1):.1f} ids each")
-
-
-def _counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())
 
 
 @app.command(epilog=_example("adapt", "teacher=MODEL rows=rows out=adapted"), rich_help_panel=STUDENT)
 def adapt(config: Recipe = None, settings: Settings = None, show: ShowSettings = False) -> None:
     """Teacher + rows -> a teacher fine-tuned on them, to capture from instead. Run again to resume."""
-    with _bar("step") as progress:
-        metrics = _run("adapt", config, settings, show, progress=False, callbacks=lambda: [_show_training(progress)])
+    with Bar("step") as progress:
+        metrics = _run("adapt", config, settings, show, progress=False, callbacks=lambda: [show_training(progress)])
     print(
         f"adapted in {metrics['steps']:,} steps, {metrics['tokens']:,} tokens, train loss {metrics['train_loss']:.3f}"
     )
@@ -240,9 +228,9 @@ def adapt(config: Recipe = None, settings: Settings = None, show: ShowSettings =
 @app.command(epilog=_example("train", "cache=cache student=tiny out=student eval_rows=rows"), rich_help_panel=STUDENT)
 def train(config: Recipe = None, settings: Settings = None, show: ShowSettings = False) -> None:
     """Cache -> student: transformers' Trainer on the cache alone. Run again to resume."""
-    with _bar("step") as progress:
-        metrics = _run("train", config, settings, show, progress=False, callbacks=lambda: [_show_training(progress)])
-    if not _speaks():
+    with Bar("step") as progress:
+        metrics = _run("train", config, settings, show, progress=False, callbacks=lambda: [show_training(progress)])
+    if not speaks():
         return
     print(
         f"{metrics['method']}: {metrics['steps']:,} steps, {metrics['tokens']:,} tokens, "
@@ -260,18 +248,13 @@ def evaluate(
     """Model + held-out rows -> evaluation.json: loss, bits per byte, calibration, speculative acceptance."""
     if names is not None:
         return tasks(config, [*(settings or []), f"tasks={names}"], show)
-    with _bar("row") as progress:
+    with Bar("row") as progress:
         result = _run("evaluate", config, settings, show, progress=progress)
     for name in ("loss", "accuracy", "acceptance", "agreement", "teacher_kl"):
         if name in result:
-            print(f"{name:>15}  {_number(result[name]['mean'])} ± {_number(result[name]['standard_error'])}")
+            print(f"{name:>15}  {number(result[name]['mean'])} ± {number(result[name]['standard_error'])}")
     for name in ("perplexity", "bits_per_byte", "ece"):
-        print(f"{name:>15}  {_number(result[name])}")
-
-
-def _number(value: float | None) -> str:
-    """Four decimals; a dash for what is undefined (the standard error of one row)."""
-    return "–" if value is None else f"{value:.4f}"
+        print(f"{name:>15}  {number(result[name])}")
 
 
 @app.command(
@@ -279,7 +262,7 @@ def _number(value: float | None) -> str:
 )
 def judge(config: Recipe = None, settings: Settings = None, show: ShowSettings = False) -> None:
     """Model + prompts -> judge.json: responses rated beside the ground truth by a chat endpoint; resumes."""
-    with _bar("answer") as progress:
+    with Bar("answer") as progress:
         result = _run("judge", config, settings, show, progress=progress)
     error, counts = result["score"]["standard_error"], result["counts"]
     print(f"score {result['score']['mean']:.1%}" + (f" ± {error:.1%}" if error is not None else ""))
@@ -290,13 +273,13 @@ def judge(config: Recipe = None, settings: Settings = None, show: ShowSettings =
 @app.command(epilog=_example("answer", "model=student prompts=questions.jsonl out=answers"), rich_help_panel=JUDGE)
 def answer(config: Recipe = None, settings: Settings = None, show: ShowSettings = False) -> None:
     """Model + prompts -> answers.jsonl (greedy text, which `pack` reads) and answers.json: F1, Rouge-Lsum."""
-    with _bar("answer") as progress:
+    with Bar("answer") as progress:
         result = _run("answer", config, settings, show, progress=progress)
     for name in ("f1", "exact_match", "rouge_lsum"):
         if name in result:
-            print(f"{name:>12}  {_estimate(result[name])}")
+            print(f"{name:>12}  {estimate(result[name])}")
     counts = result["counts"]
-    print(f"{_many(counts['answers'], 'answer')}, {counts['empty']:,} empty, {counts['cut_off']:,} cut off")
+    print(f"{many(counts['answers'], 'answer')}, {counts['empty']:,} empty, {counts['cut_off']:,} cut off")
 
 
 @app.command(epilog=_example("tasks", "model=student tasks=hellaswag,piqa"), rich_help_panel=JUDGE)
@@ -305,9 +288,9 @@ def tasks(config: Recipe = None, settings: Settings = None, show: ShowSettings =
     result = _run("tasks", config, settings, show)
     for name, metrics in result["tasks"].items():
         for metric, value in metrics.items():
-            print(f"{name:>24}  {metric:<16} {_estimate(value)}")
+            print(f"{name:>24}  {metric:<16} {estimate(value)}")
     if result["average"] is not None:
-        print(f"{'average':>24}  {'':<16} {_estimate(result['average'])}")
+        print(f"{'average':>24}  {'':<16} {estimate(result['average'])}")
 
 
 @app.command(
@@ -315,22 +298,15 @@ def tasks(config: Recipe = None, settings: Settings = None, show: ShowSettings =
 )
 def speculate(config: Recipe = None, settings: Settings = None, show: ShowSettings = False) -> None:
     """Teacher + student -> speculate.json: drafts accepted, expected and in real generation, and the speed-up."""
-    with _bar("prompt") as progress:
+    with Bar("prompt") as progress:
         result = _run("speculate", config, settings, show, progress=progress)
     measured, speed = result["measured"], result["speed"]
     expected = result["expected"]["teacher_text"]["tokens_per_call"]
-    print(f"     drafts accepted  {_estimate(measured['acceptance'])} (on the rows {_estimate(result['acceptance'])})")
+    print(f"     drafts accepted  {estimate(measured['acceptance'])} (on the rows {estimate(result['acceptance'])})")
     print(f"     tokens per call  {measured['tokens_per_call']:.4f} (expected {expected:.4f})")
     print(
-        f"            speed-up  {_estimate(speed['speedup'])} (a draft costs {speed['student_cost']:.2f} teacher steps)"
+        f"            speed-up  {estimate(speed['speedup'])} (a draft costs {speed['student_cost']:.2f} teacher steps)"
     )
-
-
-def _estimate(value: dict[str, Any]) -> str:
-    mean, error = value["mean"], value["standard_error"]
-    if mean is None:
-        return "no number"
-    return f"{mean:.4f}" if error is None else f"{mean:.4f} ± {error:.4f}"
 
 
 @app.command(rich_help_panel=WHOLE)
@@ -395,67 +371,6 @@ def _run(
     if callbacks is not None:
         more["callbacks"] = callbacks()
     return recipes.stage(verb)(**values, **more)
-
-
-class _bar:
-    """A progress bar on stderr (a terminal only), opened by its first call: `progress(done, total)`."""
-
-    def __init__(self, unit: str) -> None:
-        self.unit = unit
-        self.bar: Any = None
-
-    def __enter__(self) -> Any:
-        return self
-
-    def __call__(self, done: int, total: int, **postfix: str) -> None:
-        from tqdm import tqdm
-
-        if self.bar is None:
-            self.bar = tqdm(total=total, unit=self.unit, unit_scale=True, disable=None, dynamic_ncols=True)
-        if postfix:
-            self.bar.set_postfix(postfix, refresh=False)
-        self.bar.update(done - self.bar.n)
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-
-def _capture_progress(bar: Any) -> Callable[[int, dict[str, Any]], None]:
-    def show(done: int, facts: dict[str, Any]) -> None:
-        bar(done, facts["total"], shard=str(facts["shard"]), bytes=f"{facts['bytes_per_token']:.1f}/tok")
-
-    return show
-
-
-def _show_training(bar: Any) -> Any:
-    """A Trainer callback: a bar on a terminal, a line per log elsewhere, and a line per evaluation on both."""
-    from transformers import TrainerCallback
-
-    class ShowTraining(TrainerCallback):
-        def on_step_end(self, _args: Any, state: Any, _control: Any, **__: Any) -> None:
-            if state.is_world_process_zero:
-                bar(state.global_step, state.max_steps)
-
-        def on_log(self, _args: Any, state: Any, _control: Any, logs: dict[str, float], **__: Any) -> None:
-            if not state.is_world_process_zero:
-                return
-            step = f"step {state.global_step:,}/{state.max_steps:,}"
-            if "eval_loss" in logs:
-                _line(f"{step}  held-out loss {logs['eval_loss']:.4f}")
-            elif "loss" in logs and sys.stderr.isatty():
-                bar(state.global_step, state.max_steps, loss=f"{logs['loss']:.3f}")
-            elif "loss" in logs:
-                _line(f"{step}  loss {logs['loss']:.4f}")
-
-    return ShowTraining()
-
-
-def _line(text: str) -> None:
-    """A line on stderr that an open progress bar makes room for."""
-    from tqdm import tqdm
-
-    tqdm.write(text, file=sys.stderr)
 
 
 def _fail(message: str) -> None:

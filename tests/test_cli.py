@@ -13,7 +13,7 @@ import pytest
 from conftest import folder_bytes
 
 from sparsekd import capture as capture_module
-from sparsekd import cli
+from sparsekd import cli, console
 
 
 class Shell:
@@ -349,7 +349,7 @@ def test_on_a_terminal_there_is_a_bar(monkeypatch):
 
     for stream, drawn in ((Terminal(), True), (io.StringIO(), False)):
         monkeypatch.setattr(sys, "stderr", stream)
-        with cli._bar("tok") as bar:
+        with console.Bar("tok") as bar:
             bar(500, 1000, shard="0")
             bar(1000, 1000, shard="1")
         assert ("tok/s" in stream.getvalue()) is drawn

@@ -150,7 +150,7 @@ LAYERS: dict[str, set[str]] = {
         "reproduce_page",
         "reproduce",
     },
-    "front": {"recipes", "cli", "__main__"},
+    "front": {"console", "recipes", "cli", "__main__"},
 }
 # Storage does not rest on maths, though it comes later.
 NOT_BELOW = {"storage": {"maths"}}
