@@ -202,8 +202,8 @@ def capture(found: Json, plots: str) -> str:
     ]
     return (
         "End to end, the writer's CPU time included. Sampling costs the same beside any teacher, so its share falls "
-        "with the teacher's size. Draws reach the writer through a queue of batches; the shared-memory rings of the paper's "
-        "D.2 could save at most what the teacher waits, below.\n\n" + table(["", "found", "bar", ""], rows)
+        "with the teacher's size. Draws reach the writer through a queue of batches; the shared-memory rings of the "
+        "paper's D.2 could save at most what the teacher waits, below.\n\n" + table(["", "found", "bar", ""], rows)
     )
 
 
