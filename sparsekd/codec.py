@@ -116,9 +116,13 @@ def _rounded(encode: Callable[..., bytes], encode_row: Callable[..., bytes], rou
     return Codec(encode=whole, encode_row=row, id_bits=20, ranked=True, **limits)
 
 
-_split_weights = partial(
-    _rounded, encode_weights, encode_weights_row, decode=decode_weights, decode_row=decode_weights_row, holds=WEIGHTS
-)
+def _split_weights(rounding: Any, most: int = 1) -> Codec:
+    to_bytes, from_bytes = (encode_weights, encode_weights_row), (decode_weights, decode_weights_row)
+    whole, row = (partial(each, most=most) for each in to_bytes)
+    decode, decode_row = (partial(each, most=most) for each in from_bytes)
+    return _rounded(whole, row, rounding, decode=decode, decode_row=decode_row, holds=WEIGHTS)
+
+
 _split_ratio = partial(
     _rounded,
     encode_ratios,
@@ -155,6 +159,7 @@ CODECS: dict[str, Codec] = {
     "prob40": Codec(encode=encode_prob40, decode=decode_prob40, holds=WEIGHTS, id_bits=24),
     "split_prob": _split_weights(nearest),
     "split_prob_unbiased": _split_weights(unbiased),
+    "split_weight_unbiased": _split_weights(unbiased, most=2),
     "curve8": Codec(encode=encode_curve, decode=decode_curve, holds=CURVES, id_bits=24),
 }
 
@@ -177,6 +182,18 @@ def default_codec(
         name = "split" if temperature == 1 else "split_ratio" if normalize else "split_ratio_unbiased"
     weighing = {"temperature": temperature, "normalize": normalize, "edges": edges}
     return codec_spec(name, logit_width=logit_width, rounds=rounds, **weighing)  # type: ignore[arg-type]
+
+
+def weights_codec(name: str | None) -> str:
+    """The codec named, by default prob40, if it holds weights up to 2, as `transcode` and `pool` make them.
+
+    Raises:
+        RecipeError: another codec.
+    """
+    most_weights = ("prob40", "split_weight_unbiased")
+    if name not in (None, *most_weights):
+        raise RecipeError(f"codec={name!r} does not hold these weights; take one of {', '.join(most_weights)}")
+    return name or most_weights[0]
 
 
 def codec_spec(

@@ -2,7 +2,8 @@
 
 A grid of 1/32 octave (steps of 2.2 %) costs what a 7-bit ratio to the entry before does, once zstd has taken what is
 common, and has no reach to run out of. Levels are whole numbers, so differences of sorted levels add up exactly: no
-loop has to be closed, and every entry may be rounded on its own.
+loop has to be closed, and every entry may be rounded on its own. Level 0 is the largest weight that a codec holds: 1
+for probabilities, `most` = 2 for what `transcode` makes (a token that came, and a share of the draws beside it).
 
 Shapes: P supervised positions, M entries of all of them, L tokens of a row.
 """
@@ -84,16 +85,17 @@ def _mix(x: Array) -> Array:
 # --- bytes ----------------------------------------------------------------------------------------------
 
 
-def encode_weights(flat: FlatTargets, spec: Spec, *, rounding: Rounding) -> bytes:
-    """Four streams of integers, see docs/format.md; MismatchError for weights above 1.001 or ids twice."""
-    return _encode(_on_grid(flat, spec, rounding))
+def encode_weights(flat: FlatTargets, spec: Spec, *, rounding: Rounding, most: int = 1) -> bytes:
+    """Four streams of integers, see docs/format.md; MismatchError for weights above 1.001 `most` or ids twice."""
+    return _encode(_on_grid(flat, spec, rounding, most))
 
 
-def _on_grid(flat: FlatTargets, spec: Spec, rounding: Rounding) -> FlatTargets:
+def _on_grid(flat: FlatTargets, spec: Spec, rounding: Rounding, most: int) -> FlatTargets:
     """Levels for weights, by rising level, then rising id; entries of weight 0 are left out."""
     flat = positive(flat)
-    if len(flat.values) and float(flat.values.max()) > 1.001:
-        raise MismatchError(f"{spec['name']} holds probabilities, got a weight of {flat.values.max()}; use prob40")
+    if len(flat.values) and float(flat.values.max()) > 1.001 * most:
+        raise MismatchError(f"{spec['name']} holds weights up to {most}, got {flat.values.max()}; use prob40")
+    flat = FlatTargets(ids=flat.ids, values=flat.values.astype(np.float64) / most, sizes=flat.sizes)
     if max(len(flat.ids), len(flat.sizes)) > MOST_ENTRIES:
         raise MismatchError(f"a row has {len(flat.ids)} entries, the format holds {MOST_ENTRIES}; make rows shorter")
     twice = find_twice(flat.ids, flat.sizes, spec["logit_width"])
@@ -115,15 +117,15 @@ def _encode(flat: FlatTargets) -> bytes:
     return encode_ints([flat.sizes, flat.values[first], steps[rest], ids])
 
 
-def decode_weights(data: bytes, positions: int, spec: Spec) -> FlatTargets:
-    """float32 weights 2^(-l / 32), descending; FormatError for bytes that no encoder writes."""
-    flat, used = _decode(data, positions, spec)
+def decode_weights(data: bytes, positions: int, spec: Spec, *, most: int = 1) -> FlatTargets:
+    """float32 weights most · 2^(-l / 32), descending; FormatError for bytes that no encoder writes."""
+    flat, used = _decode(data, positions, spec, most)
     if used != len(data):
         raise FormatError(f"the targets take {used} bytes of {len(data)}; the file is damaged")
     return flat
 
 
-def _decode(data: bytes, positions: int, spec: Spec) -> tuple[FlatTargets, int]:
+def _decode(data: bytes, positions: int, spec: Spec, most: int) -> tuple[FlatTargets, int]:
     if not positions:
         ids, sizes = np.zeros(0, np.uint32), np.zeros(0, np.int64)
         return FlatTargets(ids=ids, values=np.zeros(0, np.float32), sizes=sizes), 0
@@ -139,7 +141,7 @@ def _decode(data: bytes, positions: int, spec: Spec) -> tuple[FlatTargets, int]:
     starts = run_starts(levels, first)
     ids = ids_of_steps(values[positions + total :], starts, int(sizes.max()))
     check_ids(ids, sizes, spec["logit_width"])
-    weights = _POWERS[levels].astype(np.float32)
+    weights = (most * _POWERS[levels]).astype(np.float32)
     return FlatTargets(ids=ids.astype(np.uint32, copy=False), values=weights, sizes=sizes), used
 
 
@@ -157,14 +159,16 @@ def _levels(coded: Array, first: Array, filled: Array) -> Array:
 
 
 def encode_weights_row(
-    input_ids: Array, flat: FlatTargets, supervised: Array, spec: Spec, *, rounding: Rounding
+    input_ids: Array, flat: FlatTargets, supervised: Array, spec: Spec, *, rounding: Rounding, most: int = 1
 ) -> bytes:
     """The targets, then the input ids, as in `split`."""
-    flat = _on_grid(flat, spec, rounding)
+    flat = _on_grid(flat, spec, rounding, most)
     return _encode(flat) + encode_inputs(input_ids, flat, supervised)
 
 
-def decode_weights_row(block: bytes, seq_len: int, supervised: Array, spec: Spec) -> tuple[Array, FlatTargets]:
+def decode_weights_row(
+    block: bytes, seq_len: int, supervised: Array, spec: Spec, *, most: int = 1
+) -> tuple[Array, FlatTargets]:
     """input_ids [L] uint32 and the targets of the supervised positions."""
-    flat, used = _decode(block, int(np.count_nonzero(supervised[1:])), spec)
+    flat, used = _decode(block, int(np.count_nonzero(supervised[1:])), spec, most)
     return decode_inputs(block[used:], flat, seq_len, supervised), flat

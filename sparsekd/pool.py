@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from sparsekd.cache import CacheReader, CacheSpec, CacheWriter, RowRecord
-from sparsekd.codec import CODECS, CURVES, codec_spec
+from sparsekd.codec import CODECS, CURVES, codec_spec, weights_codec
 from sparsekd.errors import MismatchError, RecipeError
 from sparsekd.flat import FlatTargets
 from sparsekd.making import copy_tokenizer
@@ -37,6 +37,7 @@ def pool(
     caches: list[str],
     out: str | Path,
     weights: list[float] | None = None,
+    codec: str | None = None,
     progress: Callable[[int, int], Any] | None = None,
 ) -> dict[str, Any]:
     """The weighted mean of caches of the same rows. A position that some of them have no targets for is the mean of
@@ -49,6 +50,7 @@ def pool(
         caches: two or more folders, of the same rows in the same tokenizer (transcoded ones, say).
         weights: of each cache, positive; default: all alike. Only their ratios matter.
         out: the folder that takes the new cache.
+        codec: prob40 (the default) or split_weight_unbiased, as for `transcode`.
         progress: called with (shards done, shards) after each.
 
     Returns:
@@ -64,7 +66,7 @@ def pool(
         for reader in readers:
             _check_same(readers[0], reader)
         sets = _sets(readers)
-        spec = _spec(readers, shares, sets)
+        spec = _spec(readers, shares, sets, weights_codec(codec))
         writer = CacheWriter(out, spec)
         copy_tokenizer(Path(readers[0].path), Path(out))
         if sets.table is not None:
@@ -143,7 +145,7 @@ def _sets(readers: Sequence[CacheReader]) -> _Sets:
     )
 
 
-def _spec(readers: Sequence[CacheReader], shares: list[float], sets: _Sets) -> CacheSpec:
+def _spec(readers: Sequence[CacheReader], shares: list[float], sets: _Sets, codec: str) -> CacheSpec:
     """The first cache's identity, with the samplers and teachers of all."""
     specs = [reader.spec for reader in readers]
     width = max(spec.logit_width for spec in specs) if sets.table is None else sets.table.width()
@@ -156,7 +158,7 @@ def _spec(readers: Sequence[CacheReader], shares: list[float], sets: _Sets) -> C
     return replace(
         specs[0],
         logit_width=width,
-        codec=codec_spec("prob40", logit_width=width, rounds=None),
+        codec=codec_spec(codec, logit_width=width, rounds=None),
         sampler={"name": "pool", "unbiased": unbiased, "parts": parts},
         teacher=specs[0].teacher | {"id": "+".join(str(x.teacher.get("id")) for x in specs), "weights": weights},
         data=specs[0].data | ({"transcoded": made} if made else {}),

@@ -83,6 +83,8 @@ GOLDEN_WEIGHTS = {
     # sizes 2 0 1; first levels 32 (one octave) 0; a step of 32; ids 999 (class 0x83, low byte 0x67), 3, 7
     "split_prob": "1b000000 28b52ffd 2009 180000 020001 100000 2000 080000 20 190000 830307 67",
     "split_prob_unbiased": "1b000000 28b52ffd 2009 180000 020001 100000 2000 080000 20 190000 830307 67",
+    # first levels 64 and 32: two octaves and one below 2
+    "split_weight_unbiased": "1b000000 28b52ffd 2009 180000 020001 100000 4020 080000 20 190000 830307 67",
 }
 GOLDEN_DRAWS = {
     # H = 3 bits and 0 bits; largest p 1/2 and 1; id 999 (p 1/2) once and id 3 (p 1/4) four times; id 7 five times

@@ -29,7 +29,9 @@ def weight_of(flat):
     return dict(zip(zip(flat.positions.tolist(), flat.ids.tolist(), strict=True), flat.weights.tolist(), strict=True))
 
 
-@pytest.mark.parametrize(("name", "most"), [("split_prob", 1 / 64), ("split_prob_unbiased", 1 / 32)])
+@pytest.mark.parametrize(
+    ("name", "most"), [("split_prob", 1 / 64), ("split_prob_unbiased", 1 / 32), ("split_weight_unbiased", 1 / 32)]
+)
 def test_weights_err_by_no_more_than_they_state(name, most):
     """Half a step of the grid to the nearest, a whole one without bias; ids and sizes exactly, weights descending."""
     flat = top_k(np.random.default_rng(0), 200)
@@ -43,19 +45,22 @@ def test_weights_err_by_no_more_than_they_state(name, most):
     assert (np.diff(found.values)[np.diff(found.positions) == 0] <= 0).all()
 
 
-def test_unbiased_rounding_is_unbiased_for_every_weight():
+@pytest.mark.parametrize("name", ["split_prob_unbiased", "split_weight_unbiased"])
+def test_unbiased_rounding_is_unbiased_for_every_weight(name):
     """One weight at 20,000 positions: the mean of what is read back is the weight within 4 standard errors."""
     positions = 20_000
-    for weight in np.float32([0.9, 0.3, 0.0123, 1e-6]):
+    for weight in np.float32([0.9, 0.3, 0.0123, 1e-6, *[1.7] * (name == "split_weight_unbiased")]):
         flat = FlatTargets(
             ids=np.arange(positions, dtype=np.uint32) % V,
             values=np.full(positions, weight),
             sizes=np.ones(positions, np.int64),
         )
-        found = decode(encode(flat, spec_of("split_prob_unbiased")), positions, spec_of("split_prob_unbiased")).weights
+        found = decode(encode(flat, spec_of(name)), positions, spec_of(name)).weights
         error = found.std() / positions**0.5
         assert error > 0
         assert abs(found.mean(dtype=np.float64) - weight) < 4 * error
+        if weight > 1:
+            continue
         nearest = decode(encode(flat, spec_of("split_prob")), positions, spec_of("split_prob")).weights
         assert abs(nearest.mean(dtype=np.float64) - weight) > 4 * error, "the nearest is biased, so the test can fail"
 
@@ -78,7 +83,7 @@ def test_it_is_smaller_than_prob24_and_reaches_further():
     assert decode(encode(steep, spec_of("split_prob")), 1, spec_of("split_prob")).weights[1] == 2.0**-30
 
 
-@pytest.mark.parametrize("name", ["split_prob", "split_prob_unbiased"])
+@pytest.mark.parametrize("name", ["split_prob", "split_prob_unbiased", "split_weight_unbiased"])
 def test_rows_survive_with_their_input_ids(name):
     """Positions without entries among them, and next tokens that are kept or not."""
     rng = np.random.default_rng(4)
@@ -112,8 +117,13 @@ def test_damaged_streams_are_named(values, words):
 
 
 def test_weights_that_do_not_fit_are_refused():
-    """Weights above 1, and an id twice."""
-    for ids, weights, words in [([1, 2], [1.5, 0.1], "holds probabilities"), ([2, 2], [0.5, 0.1], "has an id twice")]:
+    """Weights above 1, or 2, and an id twice."""
+    cases = [
+        ("split_prob", [1, 2], [1.5, 0.1], "holds weights up to 1, got 1.5"),
+        ("split_weight_unbiased", [1, 2], [2.5, 0.1], "holds weights up to 2, got 2.5"),
+        ("split_prob", [2, 2], [0.5, 0.1], "has an id twice"),
+    ]
+    for name, ids, weights, words in cases:
         flat = FlatTargets(ids=np.array(ids, np.uint32), values=np.float32(weights), sizes=np.array([2], np.int64))
         with pytest.raises(MismatchError, match=words):
-            encode(flat, spec_of("split_prob"))
+            encode(flat, spec_of(name))

@@ -531,10 +531,33 @@ def test_a_student_trains_on_it(transcoded, tmp_path, unresolved):
             train(out=tmp_path / "r", max_steps=1, residual="ghost", **words)
 
 
+@pytest.mark.parametrize("unresolved", ["set", "point"])
+def test_a_small_codec_keeps_the_targets(world, tokenizers, transcoded, tmp_path, unresolved):
+    """split_weight_unbiased: the same ids, weights to 2.2 %, under half of prob40's bytes; pooled with itself too."""
+    from sparsekd.pool import pool
+
+    words = {"cache": world.cache, "tokenizer": tokenizers["other"], "unresolved": unresolved}
+    small, pooled = str(tmp_path / "small"), tmp_path / "pooled"
+    transcode(**words, out=small, codec="split_weight_unbiased", workers=2)
+    pool(caches=[small, small], out=pooled, codec="split_weight_unbiased")
+    with CacheReader(small) as one, CacheReader(transcoded[unresolved]) as other, CacheReader(pooled) as two:
+        assert one.stats["payload_bytes"] < 0.5 * other.stats["payload_bytes"]
+        for row in range(0, len(one), 7):
+            mine, again, exact = (dense(reader[row], one.spec.logit_width) for reader in (one, two, other))
+            assert mine == pytest.approx(exact, rel=0.023)
+            assert again == pytest.approx(mine, rel=1e-6)
+
+
 def test_refusals(world, tokenizers, transcoded, tmp_path):
     """What cannot be transcoded is told with the way out."""
     with pytest.raises(RecipeError, match="unresolved='x' is not one of set, kernel, point, drop"):
         transcode(cache=world.cache, tokenizer=tokenizers["other"], out=tmp_path / "t", unresolved="x")
+    with pytest.raises(
+        RecipeError, match="codec='split' does not hold these weights; take one of prob40, split_weight"
+    ):
+        transcode(cache=world.cache, tokenizer=tokenizers["other"], out=tmp_path / "t", codec="split")
+    with pytest.raises(RecipeError, match="is only renumbered, and keeps its codec"):
+        transcode(cache=world.cache, tokenizer=f"{world.cache}/tokenizer", out=tmp_path / "t", codec="prob40")
     with pytest.raises(RecipeError, match="needs out=FOLDER, or dry_run=true"):
         transcode(cache=world.cache, tokenizer=tokenizers["other"])
     with CacheReader(transcoded["set"]) as reader, pytest.raises(MismatchError, match="made of other caches"):
