@@ -63,9 +63,10 @@ def evaluate(
     reader = _open_rows(rows, split, batch_size=batch_size, limit_rows=limit_rows)
     student = _open(model, reader, dtype, device, "model")
     other = None if teacher is None else _open(teacher, reader, dtype, device, "teacher")
-    size = reader.manifest["tokenizer"]["vocab_size"]
-    widths = [heads.logit_width(model) for model in (student, other) if model is not None]
-    width = models.shared_width((widths[0], widths[-1]), size, "model and teacher")
+    width = heads.logit_width(student)
+    if other is not None:
+        tokens = reader.manifest["tokenizer"]["vocab_size"]
+        width = models.shared_width((width, heads.logit_width(other)), tokens, "model and teacher")
     count = min(len(reader), limit_rows or len(reader))
     tally, bins = metrics.Tally(), metrics.CalibrationBins()
     for start in range(0, count, batch_size):

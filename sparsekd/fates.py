@@ -308,7 +308,7 @@ class _Read(NamedTuple):
 
 def _read(texts: list[bytes], pair: Pair) -> _Read:
     ids, sizes = cut_flat(texts, pair)
-    first = np.cumsum([0, *(max(size, 0) for size in sizes)])
+    first = token_starts(np.array(sizes, np.int64).clip(0))
     lengths = pair.lengths[np.array(ids, np.int64)]
     reached = token_starts(lengths)
     ends = reached[1:] - np.repeat(reached[first[:-1]], np.diff(first))

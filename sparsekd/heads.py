@@ -105,7 +105,7 @@ def replace_forward(model: Any, forward: Any, *, targets: Collection[str] = ()) 
                 'use_liger_kernel give liger_kernel_config={"fused_linear_cross_entropy": False}'
             )
 
-    for part in inner.children():
+    for part in inner.children() if targets else ():
         part.register_forward_pre_hook(refuse, with_kwargs=True)
 
 

@@ -268,7 +268,10 @@ def _spec(
     counts: Counts | None,
     codec: str | None,
 ) -> CacheSpec:
-    """The new cache's identity: its rows are no longer those that were packed, and it says what was done to them."""
+    """The new cache's identity: its rows are no longer those that were packed, and it says what was done to them.
+
+    `codec` None: the cache is only renumbered, and keeps its codec.
+    """
     bos, eos = vocab.document_ends(student)
     size, renumbers = vocab.vocab_size(student), codec is None
     described = {"hash": vocab.fingerprint(student), "vocab_size": size, "name": vocab.name_of(student)}
