@@ -174,7 +174,7 @@ def tilted(logits: Tensor, temperature: float) -> Tensor:
     """temperature * logits, in place; 0 * -inf is -inf here: q's support is p's, so a uniform proposal (temperature 0)
     leaves out ids that are masked."""
     logits.mul_(temperature)
-    return logits.nan_to_num_(nan=-torch.inf, neginf=-torch.inf) if temperature == 0 else logits
+    return logits.nan_to_num_(nan=-torch.inf) if temperature == 0 else logits
 
 
 def locate(cumulative: Tensor, points_NR: Tensor) -> tuple[Tensor, Tensor]:

@@ -111,6 +111,8 @@ def sample_importance(
     """The draws behind `sample(logits_NV, sampler, ...)` at a temperature that is not 1, before they are weighed: what
     a cache stores so that its reader can choose the weighting. Arguments and errors as in `sample`."""
     check_parameters(sampler, {"rounds": rounds, "temperature": temperature})
+    if temperature == 1:
+        raise RecipeError("at temperature=1 draws are from p itself and nothing is left to weigh; take sample(...)")
     points, keys = POINTS[sampler], _keys(logits_NV, seed, rows, positions)
     if shard is not None:
         _refuse_order(order)
@@ -150,7 +152,7 @@ def _in_order(logits_NV: Tensor, sampler: str, order: Tensor | None) -> Tensor:
     if sampler not in ORDERED:
         raise RecipeError(f"order is for {', '.join(ORDERED)}, whose draws hang together; {sampler} has no use for it")
     order, vocab = order.to(logits_NV.device), logits_NV.shape[1]
-    if order.shape != (vocab,) or not torch.equal(order.sort().values, torch.arange(vocab, device=order.device)):
+    if not torch.equal(order.sort().values, torch.arange(vocab, device=order.device)):
         raise RecipeError(f"order has shape {tuple(order.shape)}; it must hold each of the ids 0 to {vocab - 1} once")
     return logits_NV.index_select(1, order)
 
@@ -268,7 +270,7 @@ POINTS: dict[str, Points] = {"random_sampling": independent_points, "systematic"
 # The samplers whose draws depend on each other through the order of ids.
 ORDERED = ("systematic",)
 
-# (parameter, lowest, highest) for each sampler; what is not listed here is an unknown key.
+# (parameter, lowest, highest) for each sampler, whole numbers between whole ones; what is not listed is an unknown key.
 _RANGES: dict[str, dict[str, tuple[float, float]]] = {
     "random_sampling": {"rounds": (1, 2**20), "temperature": (0.0, 10.0), "normalize": (0, 1)},
     "systematic": {"rounds": (1, 2**20), "temperature": (0.0, 10.0), "normalize": (0, 1)},
@@ -288,8 +290,10 @@ def check_parameters(sampler: str, parameters: dict[str, Any]) -> None:
             known = ", ".join(ranges) or "none"
             raise RecipeError(f"sampler {sampler} has no parameter {name!r}; it has: {known}")
         low, high = ranges[name]
-        if not isinstance(value, int | float) or not low <= value <= high:
-            raise RecipeError(f"sampler.{name}={value!r} is out of range: {low:g} to {high:g}")
+        whole = isinstance(low, int)
+        if not isinstance(value, int if whole else int | float) or not low <= value <= high:
+            numbers = f"{low} to {high}, whole numbers" if whole else f"{low:g} to {high:g}"
+            raise RecipeError(f"sampler.{name}={value!r} is out of range: {numbers}")
 
 
 def default_parameters(sampler: str) -> dict[str, Any]:
