@@ -25,7 +25,7 @@ from slow_transcode import Slow, slow_sets, slow_transcode
 from test_align import _byte_pieces, fast
 
 from sparsekd.cache import CacheReader
-from sparsekd.retokenise import cut_ids, teachers_cuts
+from sparsekd.pair import cut_ids, teachers_cuts
 from sparsekd.transcode import open_job, transcoded
 from sparsekd.transcoding import draws_of
 from sparsekd.vocab import load_tokenizer, train_tokenizer

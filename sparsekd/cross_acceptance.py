@@ -25,7 +25,8 @@ import torch
 from sparsekd import heads, models, vocab
 from sparsekd.fates import OPEN, Answers, answer
 from sparsekd.packed import PackedRow, RowsReader, size_without_padding
-from sparsekd.retokenise import StudentRow, pair_of, retokenise
+from sparsekd.pair import pair_of
+from sparsekd.retokenise import StudentRow, retokenise
 from sparsekd.set_table import SetTable
 
 

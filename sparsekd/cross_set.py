@@ -11,8 +11,8 @@ from sparsekd.codec import CODECS, COUNTS, CURVES
 from sparsekd.errors import MismatchError, RecipeError, SourceError
 from sparsekd.overlay import OverlaidRows
 from sparsekd.packed import RowsReader
+from sparsekd.pair import pair_of
 from sparsekd.prompted import PromptedRows
-from sparsekd.retokenise import pair_of
 from sparsekd.training_set import TrainingSet
 
 

@@ -1,8 +1,8 @@
 """Texts cut as a SentencePiece tokenizer cuts them, but by compiled loops: for the many short ones that draws make.
 
-    cutter = cutter_of(backend, vocabulary, words, joints)  # None behind patterns: no loop does regular expressions
+    cutter = cutter_of(model, vocabulary, words, joints)  # None behind patterns: no loop does regular expressions
     if loops := ready(cutter, len(texts)):
-        ids, sizes = cut_all(loops, cutter, blob_of(texts))  # what `retokenise.cut_ids` asks the tokenizer for
+        ids, sizes = cut_all(loops, cutter, blob_of(texts))  # what `pair.cut_ids` asks the tokenizer for
 
 The tokenizer itself is what counts: its ids, for every text that its tokens give back, and none for the others.
 
@@ -11,7 +11,6 @@ Shapes: N nodes of the trie of the tokens, V tokens, M draws, C contexts.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -63,10 +62,9 @@ class Cutter:
         return tuple(getattr(self, name) for name in self.__slots__)
 
 
-def cutter_of(backend: Any, vocabulary: VocabBytes, words: str, joints: Joints | None) -> Cutter | None:
-    """A `tokenizers.Tokenizer` as a cutter, None if something before its model does more than make spaces and cut at
+def cutter_of(model: Mapping[str, Any], vocabulary: VocabBytes, words: str, joints: Joints | None) -> Cutter | None:
+    """The model of a `plain_description` as a cutter, None if something before it does more than make spaces and cut at
     them, or if it has no merges and no token for the unknown; `words` as by `words_of`, `joints` of a BPE."""
-    model = json.loads(backend.to_str())["model"]
     if words == PATTERNS or (joints is None) != (model["type"] == "Unigram"):
         return None
     if (joints is None and model.get("unk_id") is None) or (joints is not None and not len(joints.keys)):
@@ -101,24 +99,25 @@ def _pieces(model: Mapping[str, Any]) -> list[str]:
 
 
 def _trie(texts: Sequence[bytes]) -> tuple[Array, ...]:
-    """See `Cutter.trie`; nodes are numbered level by level."""
-    numbers: dict[bytes, int] = {}
-    for prefix in sorted({text[:n] for text in texts for n in range(1, len(text) + 1)}, key=lambda p: (len(p), p)):
-        numbers[prefix] = len(numbers)
-    root, token_of = np.full(256, -1), np.full(len(numbers), -1)
-    counts = np.zeros(len(numbers) + 1, np.int64)
-    deeper = []
-    for prefix, node in numbers.items():
-        if len(prefix) == 1:
-            root[prefix[0]] = node
-        else:
-            counts[numbers[prefix[:-1]] + 1] += 1
-            deeper.append((prefix[-1], node))
-    for token, text in enumerate(texts):
-        if text:
-            token_of[numbers[text]] = token
-    labels, children = (np.array(part) for part in zip(*deeper, strict=True)) if deeper else np.zeros((2, 0), np.int64)
-    return root, np.cumsum(counts), labels.astype(np.uint8), children, token_of
+    """See `Cutter.trie`; nodes are numbered level by level, those of a level by what they spell."""
+    order = np.array(sorted(range(len(texts)), key=texts.__getitem__), np.int64)  # texts of a node stand together
+    data = np.frombuffer(b"".join([texts[token] for token in order.tolist()]), np.uint8)
+    sizes = np.array([len(text) for text in texts], np.int64)[order]
+    first, at, node = token_starts(sizes), np.arange(len(order)), np.full(len(order), -1)
+    parents, labels, count = [node[:0]], [data[:0]], 0
+    for depth in range(int(sizes.max(initial=0))):
+        at = at[sizes[at] > depth]
+        parent, byte = node[at], data[first[at] + depth]
+        new = np.r_[True, (parent[1:] != parent[:-1]) | (byte[1:] != byte[:-1])]
+        node[at] = count + np.cumsum(new) - 1
+        count += int(new.sum())
+        parents.append(parent[new])
+        labels.append(byte[new])
+    above, label = np.concatenate(parents), np.concatenate(labels)
+    root, token_of, below = np.full(256, -1), np.full(count, -1), np.flatnonzero(above >= 0)
+    root[label[above < 0]] = np.flatnonzero(above < 0)
+    token_of[node[sizes > 0]] = order[sizes > 0]
+    return root, token_starts(np.bincount(above[below], minlength=count)), label[below], below, token_of
 
 
 def ready(cutter: Cutter | None, texts: int) -> Any:

@@ -26,7 +26,8 @@ from .cutting import Blob, after, blob_of, ready
 from .joints import APART, JOINED, meet
 from .open_kernel import Kernel
 from .open_sets import OpenSets, open_sets
-from .retokenise import Context, Contexts, Pair, cut_flat
+from .pair import Pair, cut_flat
+from .retokenise import Context, Contexts
 from .vocab_bytes import NEVER, PATTERNS, SPACES, with_prefix
 
 Array = NDArray[Any]

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .retokenise import Pair, teachers_cuts
+from .pair import Pair, teachers_cuts
 from .set_table import SetTable, joined
 from .vocab_bytes import prefix_ranges
 

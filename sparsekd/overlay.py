@@ -18,7 +18,8 @@ import numpy as np
 
 from .align import last_start_before
 from .cache import CacheReader, Row
-from .retokenise import Cut, Pair, Stretch, cut_texts, stretches
+from .pair import Cut, Pair, cut_texts
+from .retokenise import Stretch, stretches
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,7 +18,7 @@ import numpy as np
 from .cache import CacheReader
 from .errors import RecipeError
 from .overlay import Overlaid, OverlaidRow, OverlaidRows, head_of, log_probabilities, overlay
-from .retokenise import Pair
+from .pair import Pair
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

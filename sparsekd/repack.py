@@ -25,7 +25,8 @@ from sparsekd.errors import SourceError
 from sparsekd.overlay import Overlaid, overlay
 from sparsekd.packed import FORMAT, FORMAT_VERSION, PackedRow, RowsReader, fingerprint_of, size_without_padding
 from sparsekd.packing import already_packed, complete_folder, write_rows
-from sparsekd.retokenise import Pair, no_counterpart, pair_of, stretches
+from sparsekd.pair import Pair, pair_of
+from sparsekd.retokenise import no_counterpart, stretches
 from sparsekd.vocab_bytes import UNLESS_SPACE, document_text
 
 PACKING = "repacked-v1"

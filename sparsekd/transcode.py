@@ -27,8 +27,9 @@ from sparsekd.making import parse_shard_range
 from sparsekd.manifest import shard_name
 from sparsekd.open_kernel import Counts, added, kernel_of
 from sparsekd.order import permute
+from sparsekd.pair import pair_of
 from sparsekd.redraw import UNRESOLVED
-from sparsekd.retokenise import pair_of, retokenise
+from sparsekd.retokenise import retokenise
 from sparsekd.set_table import SetTable, write_table
 from sparsekd.transcoding import (
     CHUNK_TOKENS,

@@ -20,8 +20,9 @@ from .folder import RowRecord
 from .open_kernel import Counts, counted
 from .order import permute
 from .packed import size_without_padding
+from .pair import Pair
 from .redraw import Draws, Places, Rewritten, became, rewrite
-from .retokenise import Pair, StudentRow, retokenise
+from .retokenise import StudentRow, retokenise
 from .shard import hash_ids
 
 # Rows that are rewritten together, in teacher tokens: enough to encode in batches, little enough to keep in memory.

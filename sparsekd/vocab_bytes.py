@@ -2,7 +2,8 @@
 
     vocabulary = vocabulary_bytes(tokenizer)
     text_of([464, 3797], vocabulary)                        # b"The cat"
-    encode_texts(plain_backend(tokenizer), ["The cat"])     # [[464, 3797]]
+    plain = plain_description(description_of(tokenizer))
+    encode_texts(backend_of(plain), ["The cat"])[0].ids     # [464, 3797]
 
 Two families are known: byte-level BPE (GPT-2, Llama 3, Qwen, ...) and SentencePiece's BPE and Unigram as transformers
 converts them (Llama 2, Mistral, T5, ...: spaces are "▁", other bytes "<0x0A>"). Anything else is refused by name.
@@ -63,13 +64,29 @@ class VocabBytes:
         return np.array([piece is None for piece in self.of_id])
 
 
-def vocabulary_bytes(tokenizer: Any) -> VocabBytes:
-    """The bytes of each token of a transformers tokenizer.
+def description_of(tokenizer: Any) -> dict[str, Any]:
+    """The tokenizer.json of a transformers tokenizer. Parsing one of 128,000 entries takes 0.3 s: do it once.
+
+    Raises:
+        SourceError: it is written in Python.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise SourceError(
+            f"tokenizer {name_of(tokenizer)} ({type(tokenizer).__name__}) is written in Python and does not say how it "
+            "cuts a text; take its fast version (a folder with tokenizer.json)"
+        )
+    description: dict[str, Any] = json.loads(backend.to_str())
+    return description
+
+
+def vocabulary_bytes(tokenizer: Any, description: dict[str, Any] | None = None) -> VocabBytes:
+    """The bytes of each token of a transformers tokenizer; `description` is its tokenizer.json, where it is at hand.
 
     Raises:
         SourceError: a tokenizer of another family, with what about it is not understood.
     """
-    description = _description(tokenizer)
+    description = description or description_of(tokenizer)
     _check_supported(description, name_of(tokenizer))
     added = {token["id"]: token for token in description["added_tokens"]}
     read = _byte_level_piece if _is_byte_level(description) else _sentencepiece_piece(description["model"])
@@ -107,27 +124,34 @@ def with_prefix(text: bytes, vocabulary: VocabBytes) -> bytes:
     return b" " + text if text and adds else text
 
 
-def plain_backend(tokenizer: Any) -> Any:
-    """A `tokenizers.Tokenizer` that encodes text as it stands: no space put before it, no control tokens put around
-    it or found in it, no truncation. The tokenizer given is left alone."""
-    from tokenizers import Tokenizer
-
-    description = _description(tokenizer)
-    description |= {"truncation": None, "padding": None, "post_processor": None}
-    for name in ("normalizer", "pre_tokenizer"):
-        description[name] = _without_prefix(description[name])
-    model, control = description["model"], {t["content"] for t in description["added_tokens"] if t["special"]}
-    description["added_tokens"] = [token for token in description["added_tokens"] if not token["special"]]
+def plain_description(description: dict[str, Any]) -> dict[str, Any]:
+    """The tokenizer.json of a tokenizer that encodes text as it stands: no space put before it, no control tokens put
+    around it or found in it, no truncation."""
+    model, control = dict(description["model"]), {t["content"] for t in description["added_tokens"] if t["special"]}
     if "dropout" in model:
         model["dropout"] = None
     if model["type"] == "Unigram":  # its model would still find a control token's string in a text: hide it
         model["vocab"] = [[_HIDDEN + piece if piece in control else piece, score] for piece, score in model["vocab"]]
+    return description | {
+        "truncation": None,
+        "padding": None,
+        "post_processor": None,
+        "normalizer": _without_prefix(description["normalizer"]),
+        "pre_tokenizer": _without_prefix(description["pre_tokenizer"]),
+        "added_tokens": [token for token in description["added_tokens"] if not token["special"]],
+        "model": model,
+    }
+
+
+def backend_of(description: dict[str, Any]) -> Any:
+    """A `tokenizers.Tokenizer` as a tokenizer.json describes it."""
+    from tokenizers import Tokenizer
+
     return Tokenizer.from_str(json.dumps(description))
 
 
-def segmentation(tokenizer: Any) -> str:
+def segmentation(description: dict[str, Any]) -> str:
     """All that decides where a text is cut: equal for two tokenizers that differ in the numbers of their ids only."""
-    description = _description(tokenizer)
     model = dict(description["model"])
     vocabulary = model.pop("vocab")
     pieces = sorted(vocabulary) if isinstance(vocabulary, dict) else sorted(map(tuple, vocabulary))
@@ -137,16 +161,9 @@ def segmentation(tokenizer: Any) -> str:
     return json.dumps([model, pieces, added, rest], sort_keys=True)
 
 
-def model_of(tokenizer: Any) -> dict[str, Any]:
-    """The model part of a tokenizer.json."""
-    model: dict[str, Any] = _description(tokenizer)["model"]
-    return model
-
-
-def words_of(tokenizer: Any) -> str:
+def words_of(description: dict[str, Any]) -> str:
     """What cuts a text before the model does: ONE (nothing does), SPACES (each begins a word), or PATTERNS (more, or a
     BPE that looks words up whole before it merges)."""
-    description = _description(tokenizer)
     added = [token for token in description["added_tokens"] if not token["special"]]
     normalizers = [part for part in _parts(_without_prefix(description["normalizer"])) if part["type"] != "Sequence"]
     cutters = [part for part in _parts(_without_prefix(description["pre_tokenizer"])) if part["type"] != "Sequence"]
@@ -159,33 +176,25 @@ def _only_makes_spaces(part: dict[str, Any]) -> bool:
     return _makes_space_pieces(part) and part.get("pattern", {"String": " "}) == {"String": " "}
 
 
-def cuts_by_merges(tokenizer: Any) -> bool:
-    """Whether words are cut by BPE merges alone: no Unigram, no word looked up whole that merges do not give."""
-    model = model_of(tokenizer)
+def cuts_by_merges(model: dict[str, Any], backend: Any, vocabulary: VocabBytes) -> bool:
+    """Whether words are cut by BPE merges alone: no Unigram, no word looked up whole that merges do not give.
+
+    `model` is the part of a tokenizer.json, `backend` encodes text as it stands.
+    """
     if model["type"] != "BPE":
         return False
     if not model.get("ignore_merges"):
         return True
-    backend, vocabulary = plain_backend(tokenizer), vocabulary_bytes(tokenizer)
     words = {
         token: piece.decode() for token, piece in enumerate(vocabulary.of_id) if piece and _LETTERS.fullmatch(piece)
     }
     backend.model.ignore_merges = False
-    return all(e.ids == [token] for token, e in zip(words, encode_texts(backend, list(words.values())), strict=True))
+    found = encode_texts(backend, list(words.values()))
+    backend.model.ignore_merges = True
+    return all(e.ids == [token] for token, e in zip(words, found, strict=True))
 
 
 # --- one family or the other ----------------------------------------------------------------------------
-
-
-def _description(tokenizer: Any) -> dict[str, Any]:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise SourceError(
-            f"tokenizer {name_of(tokenizer)} ({type(tokenizer).__name__}) is written in Python and does not say how it "
-            "cuts a text; take its fast version (a folder with tokenizer.json)"
-        )
-    description: dict[str, Any] = json.loads(backend.to_str())
-    return description
 
 
 def _check_supported(description: dict[str, Any], name: str) -> None:

@@ -12,7 +12,17 @@ from sparsekd import vocab_bytes
 from sparsekd.align import identical_spans, last_start_before, shared_starts, token_starts
 from sparsekd.errors import SourceError
 from sparsekd.vocab import train_tokenizer
-from sparsekd.vocab_bytes import document_text, encode_texts, plain_backend, text_of, vocabulary_bytes, with_prefix
+from sparsekd.vocab_bytes import (
+    backend_of,
+    description_of,
+    document_text,
+    encode_texts,
+    plain_description,
+    segmentation,
+    text_of,
+    vocabulary_bytes,
+    with_prefix,
+)
 
 CORPUS = [
     "The cat sees the dog, and counts 1 2 3.\n",
@@ -118,7 +128,7 @@ def families():
 def test_ten_thousand_random_texts_come_back_byte_for_byte(families, name):
     """Bytes of the tokens = bytes of the text: split characters, CRLF, emoji, leading spaces, control strings, ''."""
     tokenizer = families[name]
-    vocabulary, backend = vocabulary_bytes(tokenizer), plain_backend(tokenizer)
+    vocabulary, backend = vocabulary_bytes(tokenizer), backend_of(plain_description(description_of(tokenizer)))
     texts = random_texts(10_000, PIECES + AMBIGUOUS * name.startswith("byte_level"))
     for text, found in zip(texts, encode_texts(backend, texts), strict=True):
         assert text_of(found.ids, vocabulary) == text.encode()
@@ -128,7 +138,7 @@ def test_ten_thousand_random_texts_come_back_byte_for_byte(families, name):
 def test_a_documents_text_is_found_below_the_added_space(families, name):
     """What the tokenizer itself gives for a document is its bytes behind the prefix that `with_prefix` puts there."""
     tokenizer = families[name]
-    vocabulary, backend = vocabulary_bytes(tokenizer), plain_backend(tokenizer)
+    vocabulary, backend = vocabulary_bytes(tokenizer), backend_of(plain_description(description_of(tokenizer)))
     for text in ["The cat", "a", " a", "  a", "\na", "你", "🙂 x", "\ta"]:
         whole = tokenizer(text, add_special_tokens=False)["input_ids"]
         inside = with_prefix(text.encode(), vocabulary)
@@ -215,10 +225,10 @@ def test_segmentation_forgets_the_numbering_only():
     description["added_tokens"][0]["id"] = size - 1
     permuted = fast(Tokenizer.from_str(json.dumps(description)), eos_token="<|endoftext|>")
     assert permuted.get_vocab() != tokenizer.get_vocab()
-    assert vocab_bytes.segmentation(permuted) == vocab_bytes.segmentation(tokenizer)
-    assert vocab_bytes.segmentation(byte_level(300)) != vocab_bytes.segmentation(tokenizer)
+    assert segmentation(description_of(permuted)) == segmentation(description_of(tokenizer))
+    assert segmentation(description_of(byte_level(300))) != segmentation(description_of(tokenizer))
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    assert vocab_bytes.segmentation(permuted) != vocab_bytes.segmentation(tokenizer)
+    assert segmentation(description_of(permuted)) != segmentation(description_of(tokenizer))
 
 
 def test_runs_of_bytes_that_are_no_text():

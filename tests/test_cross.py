@@ -16,7 +16,7 @@ from sparsekd.cross_set import open_cross_set
 from sparsekd.cross_student import CrossCollator, attach_cross_kd
 from sparsekd.errors import MismatchError, RecipeError
 from sparsekd.overlay import OverlaidRows, overlay
-from sparsekd.retokenise import pair_of
+from sparsekd.pair import pair_of
 from sparsekd.rows import pack
 from sparsekd.sketch import SortedCurve
 from sparsekd.train import train

@@ -14,7 +14,7 @@ from test_transcode import truncated
 from sparsekd import models
 from sparsekd.cross_acceptance import Said, acceptance, carried, cross_acceptance, open_exam, own_acceptance
 from sparsekd.fates import Answers
-from sparsekd.retokenise import cut_ids, pair_of
+from sparsekd.pair import cut_ids, pair_of
 from sparsekd.set_table import SetTable
 from sparsekd.vocab import load_tokenizer
 from sparsekd.vocab_bytes import text_of

@@ -77,6 +77,7 @@ LAYERS: dict[str, set[str]] = {
         "align",
         "cut_kernels",
         "cutting",
+        "pair",
         "retokenise",
         "overlay",
         "prompted",

@@ -15,9 +15,10 @@ from sparsekd import open_kernel
 from sparsekd.fates import Answers
 from sparsekd.losses import sparse_ce
 from sparsekd.open_kernel import LIKELIEST, SAMPLED, Counts, added, counted, kernel_of, spread
+from sparsekd.pair import pair_of
 from sparsekd.prefix_sets import PrefixSets
 from sparsekd.redraw import Draws, Places, became, rewrite
-from sparsekd.retokenise import pair_of, retokenise
+from sparsekd.retokenise import retokenise
 from sparsekd.set_table import SetTable
 from sparsekd.targets import SparseTargets
 

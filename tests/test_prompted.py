@@ -16,8 +16,8 @@ from sparsekd.cache import CacheReader
 from sparsekd.capture import capture
 from sparsekd.cross_student import CrossCollator
 from sparsekd.errors import ModelError, RecipeError
+from sparsekd.pair import pair_of
 from sparsekd.prompted import PromptedRows, answers_of
-from sparsekd.retokenise import pair_of
 from sparsekd.rows import pack
 from sparsekd.train import train
 from sparsekd.vocab_bytes import text_of

@@ -18,10 +18,11 @@ from sparsekd.errors import MismatchError, SourceError
 from sparsekd.fates import Answers
 from sparsekd.flat import FlatTargets
 from sparsekd.packed import PackedRow, RowsReader
+from sparsekd.pair import pair_of
 from sparsekd.pool import pool
 from sparsekd.redraw import Places, rewrite
 from sparsekd.repack import repack, repacked
-from sparsekd.retokenise import pair_of, retokenise
+from sparsekd.retokenise import retokenise
 from sparsekd.rows import pack
 from sparsekd.same_text import laid_over
 from sparsekd.transcode import transcode

@@ -24,9 +24,10 @@ from sparsekd.fates import DECIDED, OPEN, REJECTED, SHORT, Answers, answer
 from sparsekd.joints import APART, DOUBTFUL, JOINED, meet
 from sparsekd.open_kernel import added, counted, kernel_of
 from sparsekd.open_sets import sets_of_cuts
+from sparsekd.pair import cut_ids, pair_of, teachers_cuts
 from sparsekd.recompute import recompute
 from sparsekd.redraw import Draws, Places, became, rewrite
-from sparsekd.retokenise import Context, cut_ids, pair_of, retokenise, teachers_cuts
+from sparsekd.retokenise import Context, retokenise
 from sparsekd.set_table import SetTable, read_table, write_table
 from sparsekd.transcode import transcode
 from sparsekd.vocab import load_tokenizer
@@ -35,8 +36,8 @@ from sparsekd.vocab_bytes import (
     PATTERNS,
     SPACES,
     VocabBytes,
+    description_of,
     encode_texts,
-    plain_backend,
     text_of,
     vocabulary_bytes,
     words_of,
@@ -129,7 +130,7 @@ def both_ways(request, families):
     """(names of teacher and student, per text: the slow twin's view, and the fast path's draws, places, answers)."""
     teacher, student = (families[name] for name in request.param)
     rng, pair = np.random.default_rng(0), pair_of(teacher, student)
-    answers, backend, width = Answers(pair=pair), plain_backend(teacher), len(pair.control)
+    answers, backend, width = Answers(pair=pair), pair.teachers, len(pair.control)
     control = {token: int(there) for token, there in enumerate(pair.control.tolist())}
     of_teacher = dict(zip((piece or b"" for piece in pair.student.of_id), teachers_cuts(pair), strict=True))
     found = []
@@ -280,16 +281,16 @@ def merged_in_many_ways():
 
 def test_only_spaces_may_cut_before_a_compiled_loop(families):
     """What cuts words, by family; a token that was added, and a normaliser that changes letters, are patterns too."""
-    assert {name: words_of(tokenizer) for name, tokenizer in families.items()} == {
+    assert {name: words_of(description_of(tokenizer)) for name, tokenizer in families.items()} == {
         "llama2_like": ONE, "unigram_like": SPACES,
         **dict.fromkeys(("byte_level", "byte_level_with_prefix", "small", "regex", "rich"), PATTERNS),
     }  # fmt: skip
     added, lower = FAMILIES["llama2_like"](), FAMILIES["unigram_like"]()
     added.add_tokens(["xy"])
     lower.backend_tokenizer.normalizer = normalizers.Lowercase()
-    whole = json.loads(families["llama2_like"].backend_tokenizer.to_str())
+    whole = description_of(families["llama2_like"])
     whole["model"]["ignore_merges"] = True
-    assert words_of(added) == words_of(lower) == words_of(fast(Tokenizer.from_str(json.dumps(whole)))) == PATTERNS
+    assert [words_of(each) for each in (description_of(added), description_of(lower), whole)] == [PATTERNS] * 3
     assert pair_of(added, lower).cutter is None
     whole["model"] |= {"ignore_merges": False, "merges": []}
     assert pair_of(lower, fast(Tokenizer.from_str(json.dumps(whole)))).cutter is None
@@ -338,7 +339,7 @@ def test_compiled_loops_read_draws_as_the_tokenizer_does(families, at_once, monk
     """Every draw after every context of the texts, with half characters among both."""
     teacher, student = (families[name] for name in names)
     pair, found = pair_of(teacher, student), []
-    backend = plain_backend(teacher)
+    backend = pair.teachers
     for loops in (ready(pair.cutter, 0), None):
         monkeypatch.setattr("sparsekd.fates.ready", lambda *_, loops=loops: loops)
         answers = Answers(pair=pair)
