@@ -51,7 +51,7 @@ def test_forward_returns_the_loss_of_its_own_logits():
     want.backward()
     torch.testing.assert_close(loss, want)
     for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-7, rtol=1e-5)
 
 
 def test_forward_takes_sets_of_tokens():
@@ -69,7 +69,7 @@ def test_forward_takes_sets_of_tokens():
     want.backward()
     torch.testing.assert_close(loss, want)
     for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-7, rtol=1e-5)
 
 
 def test_num_items_in_batch_makes_accumulation_exact():
@@ -82,7 +82,7 @@ def test_num_items_in_batch_makes_accumulation_exact():
     for part in (slice(0, 1), slice(1, 4)):
         halves(**{k: v[part] for k, v in inputs.items()}, num_items_in_batch=items).loss.backward()
     for a, b in zip(whole.parameters(), halves.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad, atol=1e-7, rtol=1e-5)
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-8, rtol=1e-5)
 
 
 def test_without_targets_forward_is_what_it_was():
@@ -156,7 +156,7 @@ def test_heads_with_a_form_of_their_own(family):
     loss.backward()
     want.backward()
     for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-7, rtol=1e-5)
 
 
 def test_an_unknown_form_of_head_is_refused():
@@ -262,7 +262,8 @@ def test_gradient_checkpointing_and_autocast_change_nothing_much():
         torch.testing.assert_close(a.grad, b.grad)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         low = plain(**inputs).loss
-    torch.testing.assert_close(low, plain(**inputs).loss, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(low, plain(**inputs).loss, rtol=0, atol=1e-4)
+    assert not torch.equal(low, plain(**inputs).loss)
 
 
 def test_targets_of_another_length_are_refused():
