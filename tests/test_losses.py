@@ -189,6 +189,22 @@ def test_misuse_names_the_value(change, words):
         skd.sparse_kl(logits, targets, **change)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"temperature": 0.0}, "temperature=0.0 must be positive"),
+        ({"ce_weight": 1.5}, "ce_weight=1.5 is out of range"),
+        ({"ce_weight": 0.5}, "need labels"),
+        ({"reduction": "avg"}, "reduction='avg' is not one of mean, sum, none"),
+        ({"teacher_logits": torch.zeros(N, V + 1)}, r"differ in shape: \(13, 97\) and \(13, 98\)"),
+    ],
+)
+def test_misuse_of_the_baseline_names_the_value(change, words):
+    logits, _, _ = example()
+    with pytest.raises(ValueError, match=words):
+        skd.full_kl(**({"logits": logits, "teacher_logits": logits} | change))
+
+
 def test_keywords_are_the_fields_of_the_options():
     """What a type checker accepts is what `LossOptions` has (`entropy` is a choice of function, not of the caller)."""
     fields = {field.name for field in dataclasses.fields(row_losses.LossOptions)}

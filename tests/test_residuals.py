@@ -56,6 +56,7 @@ def test_gradient_is_that_of_the_dense_formula(residual, options):
     """Value and gradient equal float64 autograd of the definition to 1e-12, on logits and from hidden states."""
     logits, targets, labels = example(mass=0.6)
     labels[0] = targets.ids[0, 0]  # the true token among the kept ids
+    targets.ids[targets.weights == 0], labels[3] = 0, 0  # and one that is the id of padding
     args = {"labels": labels, "residual": residual, **options}
     ours = value_and_gradient(skd.sparse_kl, logits, targets, reduction="none", **args)
     want = value_and_gradient(dense_loss, logits, targets, **args)
@@ -155,6 +156,14 @@ def test_hard_tokens_take_the_ratio_and_keep_the_average():
     score = (targets.weights * (targets.ids == labels[:, None])).sum(-1)
     assert score[factors == high].max() <= score[factors == low].min()
     torch.testing.assert_close(hard_token_weights(targets, labels, ratio=1.0), keep.float())
+
+
+def test_tokens_that_are_equally_hard_are_all_hard():
+    """Where the targets say nothing of most true tokens, these are the hard ones, though more than half."""
+    labels = torch.arange(10)
+    ids = torch.where(labels < 7, labels + 50, labels)[:, None]
+    factors = hard_token_weights(SparseTargets(ids=ids, weights=torch.ones(10, 1)), labels, ratio=3.0)
+    torch.testing.assert_close(factors, torch.tensor([3.0] * 7 + [1.0] * 3) * 10 / 24, rtol=1e-6, atol=0)
 
 
 def test_token_weights_scale_losses_and_gradients():

@@ -390,6 +390,20 @@ def test_uniforms_are_uniform_and_prefixes_agree():
     assert chi2 < 99 + 5 * math.sqrt(2 * 99)
 
 
+def test_uniforms_and_coins_are_words_of_their_counters():
+    """53 bits of two words each, draw by draw, by the plain-Python twin: another version goes on with a cache."""
+    keys = rng.Keys(seed=2**63 + 5, rows=torch.tensor([7, 2**33 + 1]), positions=torch.tensor([0, 2**32 - 2]))
+
+    def unit(high, low):
+        return ((high << 21) | (low >> 11)) / 2**53
+
+    for drawn, coin, row, position in zip(keys.uniforms(5), keys.coins(), keys.rows, keys.positions, strict=True):
+        key = (int(position), int(row) % 2**32, int(row) >> 32)
+        pairs = [oracles.philox_plain((pair, *key), keys.seed) for pair in range(3)]
+        assert drawn.tolist() == [unit(*words[at : at + 2]) for words in pairs for at in (0, 2)][:5]
+        assert float(coin) == unit(*oracles.philox_plain((2**32 - 1, *key), keys.seed)[:2])
+
+
 @pytest.mark.parametrize(
     ("sampler", "parameters", "words"),
     [
