@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from timing import alternating, clock_for, machine, medians, ratios
 
 import sparsekd as skd
-from sparsekd.fused_chunks import default_rows
+from sparsekd.fused_chunks import even_rows
 from sparsekd.prefix_sets import PrefixSets
 from sparsekd.targets import SparseTargets
 
@@ -86,7 +86,7 @@ def make_sets(sizes: Sizes) -> tuple[PrefixSets, SparseTargets]:
 def products(x: dict[str, Any]) -> torch.Tensor:
     """The three matrix products of a head and nothing else, chunk by chunk: the floor."""
     hidden, head = x["hidden"].detach(), x["head"].detach()
-    rows = default_rows(head)
+    rows = min(len(hidden), even_rows(len(hidden), head))
     buffer = head.new_empty(rows, len(head))
     grad_hidden, grad_head = torch.empty_like(hidden), torch.empty_like(head)
     for start in range(0, len(hidden), rows):
@@ -311,7 +311,7 @@ def main() -> None:
         print(f"{name:<40}{each['time_ratio']:>12.2f}{each['us_per_token']:>12.2f}{peak}", flush=True)
     lines = curves(sizes, max(1, a.rounds // 2)) if a.curves else {}
     head = torch.empty(sizes.vocab, sizes.hidden, dtype=getattr(torch, sizes.dtype), device=sizes.device)
-    chunk = default_rows(head) * sizes.vocab * head.element_size()
+    chunk = min(sizes.tokens, even_rows(sizes.tokens, head)) * sizes.vocab * head.element_size()
     result = {"machine": machine(sizes.device), "sizes": asdict(sizes), "chunk_bytes": chunk}
     result |= {"variants": found, "curves": lines}
     print("\n" + json.dumps(result))

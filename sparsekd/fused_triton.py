@@ -5,8 +5,11 @@ held in between: the first pass keeps a running maximum and sums, the second wri
 
     scale * (soft exp(z / T - lse_T) + hard exp(z - lse_1) - uniform) * dz/dproduct
 
-and the J places where `sparse` is subtracted are written last, from logits read in float32 before. Needs the extra
-`triton`; runs in Triton's interpreter on a CPU (TRITON_INTERPRET=1), where the tests run it. NOT YET RUN ON A GPU.
+and the J places where `sparse` is subtracted are written last, from logits read in float32 before. What targets that
+are sets subtract is made from few logits, before they are written over, and put in after it.
+
+Needs the extra `triton`; runs in Triton's interpreter on a CPU (TRITON_INTERPRET=1), where the tests run it, and is
+compiled for GPUs by them, without spills. NOT YET RUN ON A GPU: `trust` checks it on each before its first use.
 """
 
 from __future__ import annotations
@@ -16,26 +19,55 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsekd.prefix_sets import SetEntries, within_sets_
 from sparsekd.row_losses import HeadForm, LossOptions, Rows
 
-LARGEST_BLOCK = 8192
+# With 16 logits a thread, 1,024 threads are one row's and all that an SM has registers for (`benchmarks/kernels.py`): an
+# H100 has 132 rows of 128k bf16 logits under way, 34 MB, and the second pass finds them in its cache of 50.
+LARGEST_BLOCK = 16384
+LOGITS_OF_A_WARP = 512
+MOST_WARPS = 16 if torch.version.hip else 32  # 1,024 threads either way
 MOST_READS = 128  # repeated ids are found by comparing all pairs
 
 
 def fits(rows: Rows) -> bool:
-    """Whether the kernel computes these: not the ghost token (which sums what is outside a set), sets or float64."""
-    return (
-        rows.kept is None
-        and rows.sets is None
-        and rows.ids.shape[-1] <= MOST_READS
-        and rows.mass.dtype == torch.float32
-    )
+    """Whether the kernel computes these: not the ghost token (which sums what is outside a set), nor float64."""
+    return rows.kept is None and rows.ids.shape[-1] <= MOST_READS and rows.mass.dtype == torch.float32
 
 
 def chunk_losses_(
     logits_CV: Tensor, rows: Rows, scale: Tensor | None, bias: Tensor | None, form: HeadForm, options: LossOptions
 ) -> Tensor:
     """Losses [C] of a chunk's products h Wᵀ; overwrites them with `scale` [C] times the loss's derivative by them."""
+    if rows.sets is None:
+        return _row_losses_(logits_CV, rows, scale, bias, form, options)
+    loss_C, places, share_E = _of_sets(logits_CV, rows.sets, bias, form, options.temperature)
+    losses = _row_losses_(logits_CV, rows, scale, bias, form, options) - loss_C
+    if scale is not None:
+        logits_CV.index_put_(places, (-scale[places[0]] * share_E).to(logits_CV.dtype), accumulate=True)
+    return losses
+
+
+def _of_sets(
+    logits_CV: Tensor, entries: SetEntries, bias: Tensor | None, form: HeadForm, temperature: float
+) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+    """What sets take from the losses [C]; their tokens' places, row [E] and id [E]; and the derivative of it there."""
+    which, tokens = entries.sets.tokens(entries.index, entries.cuts[-1][1] - entries.cuts[0][1])
+    places = entries.row.index_select(0, which), tokens
+    z_E = logits_CV[places].float()
+    z_E = form.scale * (z_E if bias is None else z_E + bias.float()[tokens])
+    bent = None if form.softcap is None else torch.tanh(z_E / form.softcap)
+    share_E = (z_E if bent is None or form.softcap is None else form.softcap * bent) / temperature
+    lse, unit = within_sets_(share_E, which, len(entries.row))
+    share_E *= (form.scale / temperature * entries.signed * unit).index_select(0, which)
+    share_E = share_E if bent is None else share_E * (1 - bent.square())
+    return entries.sums(entries.signed * lse), places, share_E
+
+
+def _row_losses_(
+    logits_CV: Tensor, rows: Rows, scale: Tensor | None, bias: Tensor | None, form: HeadForm, options: LossOptions
+) -> Tensor:
+    """`chunk_losses_` of the entries that are tokens."""
     count, width = logits_CV.shape
     reads, losses = rows.ids.shape[1], torch.empty_like(rows.mass)
     placeholder = losses
@@ -62,11 +94,16 @@ def chunk_losses_(
         UNIFORM=rows.uniform is not None,
         GRADIENT=scale is not None,
         TWO=options.two_softmaxes,
-        BLOCK=min(LARGEST_BLOCK, triton.next_power_of_2(width)),
         READS=max(2, triton.next_power_of_2(max(reads, 1))),
-        num_warps=8,
+        **launch(width),
     )
     return losses
+
+
+def launch(width: int) -> dict[str, int]:
+    """Logits that a row's threads take at a time, and how many warps they are."""
+    block = min(LARGEST_BLOCK, triton.next_power_of_2(width))
+    return {"BLOCK": block, "num_warps": min(MOST_WARPS, max(4, block // LOGITS_OF_A_WARP))}
 
 
 @triton.jit

@@ -6,6 +6,8 @@ Shapes: N positions, V vocabulary, B ids per block, R draws, K kept ids.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from torch import Tensor
 from sparsekd.errors import ModelError
 from sparsekd.rng import Keys
 from sparsekd.targets import SparseTargets
+from sparsekd.trust import agrees
 
 # 32 ids a block: the cost per position is V / B block sums plus up to R * B gathered entries, least near
 # B = sqrt(V / R), which is 50 at V = 128k and R = 50, and 6 at V = 2k; 32 is within 5 % of the best at 2k .. 128k.
@@ -21,6 +24,9 @@ BLOCK = 32
 CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
 # Stands in for -inf, whose product with a temperature of 0 would be NaN; exp of it is 0 in every float.
 LOWEST = -1e4
+
+# Of a GPU's masses from a CPU's: float32 sums of 20k numbers, each within 1e-7 of what it should be.
+LARGEST_GAP = 1e-5
 
 # Within a block, points and the ends of ids' intervals are rounded down to whole numbers of 2^-40; draws hang on that.
 FRACTION_BITS = 40
@@ -111,6 +117,8 @@ def _offsets(running_OB: Tensor, opened_P: Tensor, fraction_P: Tensor) -> Tensor
 
 def block_masses(logits_NV: Tensor) -> Tensor:
     """[N, blocks] float64: the probability of each block of `BLOCK` ids; the last block may be shorter."""
+    if _kernel_on(logits_NV):
+        return _finite(kernel_masses(logits_NV)[0])
     masses = _no_masses(logits_NV)
     for rows, p in _softmaxes(logits_NV):
         _sum_blocks(p, masses[rows])
@@ -125,11 +133,44 @@ def tilted_masses(logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor
 
 def unchecked_masses(logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """`tilted_masses`, which are NaN in a row whose logits hold NaN or +inf, or nothing above -inf."""
+    if temperature and _kernel_on(logits_NV):
+        return kernel_masses(logits_NV, temperature)
+    return torch_masses(logits_NV, temperature)
+
+
+def torch_masses(logits_NV: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """`unchecked_masses` by torch's softmax."""
     masses, largest = _no_masses(logits_NV), torch.empty(len(logits_NV), dtype=torch.float64, device=logits_NV.device)
     for rows, q in _softmaxes(logits_NV, temperature):
         _sum_blocks(q, masses[rows])
         largest[rows] = q.amax(-1)
     return masses, (masses.sum(-1) / largest).log2()
+
+
+def kernel_masses(logits_NV: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """`unchecked_masses` from one read of the logits (`inversion_triton`), for a temperature above 0."""
+    from sparsekd.inversion_triton import peaks_and_sums
+
+    peaks, sums = peaks_and_sums(logits_NV, temperature, BLOCK)
+    masses = (peaks - peaks.amax(-1, keepdim=True)).exp_().mul_(sums).double()
+    total = masses.sum(-1, keepdim=True)
+    return masses.div_(total), total[:, 0].log2()
+
+
+def _kernel_on(logits_NV: Tensor) -> bool:
+    """Whether the logits are on a GPU with Triton, where the kernel's masses are torch's, and not in float64."""
+    device = logits_NV.device
+    if device.type != "cuda" or logits_NV.dtype == torch.float64 or not find_spec("triton"):
+        return False
+    return agrees("the samplers", kernel_masses, torch_masses, device, _gap, LARGEST_GAP)
+
+
+def _gap(kernel: Any, twin: Any, device: torch.device) -> float:
+    """Between two ways to masses: total variation, and their total's logarithm."""
+    logits = (4 * torch.randn(4, 20_011, generator=torch.Generator().manual_seed(0))).to(torch.bfloat16)
+    (want, log2_want), (found, log2_found) = twin(logits, 0.9), kernel(logits.to(device), 0.9)
+    gap = (found.cpu() - want).abs().sum(-1) + (log2_found.cpu() - log2_want).abs()
+    return float(gap.amax().nan_to_num(torch.inf))
 
 
 def _blocks(logits_NV: Tensor) -> int:

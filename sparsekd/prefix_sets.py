@@ -141,12 +141,18 @@ def read_sets(logits_CV: Tensor, entries: SetEntries) -> SetsSeen:
     which, tokens = entries.sets.tokens(entries.index, entries.cuts[-1][1] - entries.cuts[0][1])
     at = (entries.row * logits_CV.shape[-1]).index_select(0, which).add_(tokens)
     shares = logits_CV.view(-1).index_select(0, at)
-    lowest = torch.full_like(entries.signed, torch.finfo(shares.dtype).min)  # where all of a set's logits are -inf
-    largest = lowest.scatter_reduce_(0, which, shares, "amax")
-    shares.sub_(largest.index_select(0, which)).exp_()
-    sums = torch.zeros_like(largest).scatter_add_(0, which, shares)
-    unit = sums.clamp(min=torch.finfo(sums.dtype).tiny).reciprocal()
-    return SetsSeen(lse=largest + sums.log(), unit=unit, shares=shares, which=which, at=at)
+    lse, unit = within_sets_(shares, which, len(entries.row))
+    return SetsSeen(lse=lse, unit=unit, shares=shares, which=which, at=at)
+
+
+def within_sets_(logits_E: Tensor, which: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Log-sum-exps [M] of z / T [E] over the entry that each is `which` of; z / T becomes `SetsSeen.shares`, and the
+    second result is its `unit`."""
+    lowest = logits_E.new_full((count,), torch.finfo(logits_E.dtype).min)  # where all of a set's logits are -inf
+    largest = lowest.scatter_reduce_(0, which, logits_E, "amax")
+    logits_E.sub_(largest.index_select(0, which)).exp_()
+    sums = torch.zeros_like(largest).scatter_add_(0, which, logits_E)
+    return largest + sums.log(), sums.clamp(min=torch.finfo(sums.dtype).tiny).reciprocal()
 
 
 def subtract_sets_(grad_CV: Tensor, entries: SetEntries, seen: SetsSeen, scale: Tensor) -> None:

@@ -16,7 +16,9 @@ LAYERS: dict[str, set[str]] = {
     "maths": {
         "targets",
         "rng",
+        "trust",
         "inversion",
+        "inversion_triton",
         "importance",
         "samplers",
         "sampling_parallel",
@@ -29,6 +31,7 @@ LAYERS: dict[str, set[str]] = {
         "divergences",
         "fused",
         "fused_chunks",
+        "fused_gpu",
         "fused_parallel",
         "fused_triton",
         "sketch",
