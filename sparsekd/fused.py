@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparsekd.fused_chunks import FAST_ON_CPU, Gradients, Wanted, finish_, loss_and_gradients
+from sparsekd.fused_chunks import FAST_ON_CPU, Gradients, Wanted, finish_, finish_on_device_, loss_and_gradients
 from sparsekd.fused_parallel import VocabularyShard, gathered
 from sparsekd.losses import LossWords, kept_positions, safe_labels
 from sparsekd.prefix_sets import PrefixSets
@@ -50,7 +50,7 @@ def fused_linear_sparse_kl(
 
     One node under `torch.compile`; works under gradient checkpointing, DDP and FSDP2 (a
     head that is a DTensor is gathered for the step). No second derivative, and one backward: it ends and scales the
-    gradients in place. On a CPU the last chunk's product waits for it, so that a factor on the loss costs no pass.
+    gradients in place. The last chunk's product waits for it, so that a factor on the loss costs no pass.
 
     Args:
         hidden: [..., H] states after the final norm.
@@ -59,7 +59,8 @@ def fused_linear_sparse_kl(
         labels, options: as in `sparse_kl`; reduction "mean" or "sum" (per-position losses need `sparse_kl`).
         bias: [V] of the head.
         scale, softcap: the model's logit multiplier and final soft-cap.
-        chunk_rows: rows of a chunk; default: 256 in float32, 1024 in 16 bits, more where V is small.
+        chunk_rows: rows of a chunk; default: 256 in float32, 1024 in 16 bits, more where V is small or on a GPU (as
+            many as make 1 GiB of logits).
         shard: which rows of the vocabulary `head_VH` and `bias` are, when processes share it (`fused_parallel.py`).
         accumulate_into: [V, H] that the head's gradient is added to in the forward pass (`head.weight.grad`); autograd
             then gives the head none. Only for a loss that is itself what `backward` is called on: a factor on it is
@@ -116,12 +117,16 @@ def fused_linear_sparse_kl(
 def _can_defer(hidden: Tensor, head: Tensor, *, compute: torch.dtype, head_wanted: bool) -> bool:
     """Whether the head's last product can wait for backward, as part of which a factor on the loss costs nothing.
 
-    On a CPU only: an accelerator's product takes its factors from the host, which would have to wait for them. Not in a
-    traced graph, and not where the sum is rounded to 16 bits at its end.
+    Not in a traced graph; on a CPU not where the sum is rounded to 16 bits at its end.
     """
     plain = all(type(each) in (Tensor, torch.nn.Parameter) for each in (hidden, head))
-    eager = plain and not torch.compiler.is_compiling() and hidden.device.type == "cpu"
-    return eager and head_wanted and head.dtype == compute and compute in (torch.float32, torch.float64)
+    exact = head.dtype == compute and compute in (torch.float32, torch.float64)
+    return plain and not torch.compiler.is_compiling() and head_wanted and (exact or not _on_host(hidden))
+
+
+def _on_host(x: Tensor) -> bool:
+    """Whether a number of its device is read without a wait."""
+    return x.device.type == "cpu"
 
 
 def _items(options: LossOptions, keep: Tensor) -> Tensor:
@@ -284,7 +289,7 @@ class _DirectLoss(torch.autograd.Function):
         if shard is not None and found.hidden is not None:
             shard.add_up(found.hidden)
         tensors = (found.hidden, None if ctx.into else found.head, found.bias, *(found.pending or ()))
-        ctx.present, ctx.started = [x is not None for x in tensors], found.started
+        ctx.present, ctx.started, ctx.dtype = [x is not None for x in tensors], found.started, arguments[1].dtype
         ctx.save_for_backward(*(x for x in tensors if x is not None))
         return loss
 
@@ -306,8 +311,15 @@ class _DirectLoss(torch.autograd.Function):
         hidden, head, bias, *pending = found
         if pending:
             ctx.spent = True
-            head = finish_(head, pending[0], pending[1], factor=grad.item(), started=ctx.started)
+            head = _finish_(ctx, head, pending, grad)
             hidden, bias = _scaled_([hidden, bias], grad)
         else:
             hidden, head, bias = _scaled_([hidden, head, bias], grad)
         return (hidden, head, bias, *[None] * (ctx.arguments - 3))
+
+
+def _finish_(ctx: Any, head: Tensor, pending: list[Tensor], grad: Tensor) -> Tensor:
+    grad_CV, hidden_CH = pending
+    if _on_host(head):
+        return finish_(head, grad_CV, hidden_CH, factor=grad.item(), started=ctx.started)
+    return finish_on_device_(head, grad_CV, hidden_CH, factor=grad, started=ctx.started, dtype=ctx.dtype)

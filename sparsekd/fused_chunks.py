@@ -150,6 +150,22 @@ def finish_(head_VH: Tensor, grad_CV: Tensor, hidden_CH: Tensor, factor: float, 
     return head_VH
 
 
+def finish_on_device_(
+    head_VH: Tensor, grad_CV: Tensor, hidden_CH: Tensor, factor: Tensor, started: bool, dtype: torch.dtype
+) -> Tensor:
+    """`finish_` for a factor that is on an accelerator, whose products take theirs from the host.
+
+    One chunk's factor goes to its hidden states; that of more, to the pass that rounds their sum to `dtype`.
+    """
+    if not started:
+        _add_product_(head_VH, grad_CV, hidden_CH * factor, started)
+        return head_VH.to(dtype)
+    _add_product_(head_VH, grad_CV, hidden_CH, started)
+    if head_VH.dtype == dtype:
+        return head_VH.mul_(factor)
+    return torch.mul(head_VH, factor, out=torch.empty_like(head_VH, dtype=dtype))
+
+
 def head_product(hidden_CH: Tensor, head_VH: Tensor, factor: float = 1.0) -> Tensor:
     """factor * hidden_CH @ head_VH.T in the thread's workspace; a product has a factor for nothing."""
     logits_CV = workspace(len(hidden_CH), head_VH)
@@ -231,19 +247,24 @@ class _HeadGradient:
         self.total = torch.empty(head_VH.shape, dtype=dtype, device=head_VH.device) if into is None else into
 
     def add_(self, grad_CV: Tensor, hidden_CH: Tensor) -> None:
-        if self.total.dtype == grad_CV.dtype:
-            torch.addmm(self.total, grad_CV.T, hidden_CH, beta=int(self.started), out=self.total)
-        elif self.total.device.type == "cuda" and adds_in_float32(self.total.device, grad_CV.dtype):
-            beta, dtype = int(self.started), self.total.dtype
-            torch.addmm(self.total, grad_CV.T, hidden_CH, out_dtype=dtype, beta=beta, out=self.total)
-        else:
-            for block in _parts(len(self.total), _block_rows(self.total)):
-                product = torch.mm(grad_CV[:, block].T, hidden_CH)
-                self.total[block] = self.total[block].add_(product) if self.started else product
+        _add_product_(self.total, grad_CV, hidden_CH, self.started)
         self.started = True
 
     def result(self) -> Tensor:
         return self.total.to(self.dtype) if self.started else torch.zeros_like(self.total, dtype=self.dtype)
+
+
+def _add_product_(total_VH: Tensor, grad_CV: Tensor, hidden_CH: Tensor, started: bool) -> None:
+    """total_VH (or nothing) + grad_CV.T @ hidden_CH, whose sum is rounded to the total's dtype alone."""
+    if total_VH.dtype == grad_CV.dtype:
+        torch.addmm(total_VH, grad_CV.T, hidden_CH, beta=int(started), out=total_VH)
+    elif total_VH.device.type == "cuda" and adds_in_float32(total_VH.device, grad_CV.dtype):
+        dtype = total_VH.dtype
+        torch.addmm(total_VH, grad_CV.T, hidden_CH, out_dtype=dtype, beta=int(started), out=total_VH)
+    else:
+        for block in _parts(len(total_VH), _block_rows(total_VH)):
+            product = torch.mm(grad_CV[:, block].T, hidden_CH)
+            total_VH[block] = total_VH[block].add_(product) if started else product
 
 
 def _parts(length: int, step: int) -> Iterator[slice]:

@@ -22,8 +22,8 @@ from torch import Tensor
 from sparsekd.prefix_sets import SetEntries, within_sets_
 from sparsekd.row_losses import HeadForm, LossOptions, Rows
 
-# With 16 logits a thread, 1,024 threads are one row's and all that an SM has registers for (`benchmarks/kernels.py`): an
-# H100 has 132 rows of 128k bf16 logits under way, 34 MB, and the second pass finds them in its cache of 50.
+# With 16 logits a thread, 1,024 threads are one row's and all that an SM has registers for (`benchmarks/kernels.py`).
+# An H100 has 132 rows of 128k bf16 logits under way then, 34 MB, and the second pass finds them in its cache of 50.
 LARGEST_BLOCK = 16384
 LOGITS_OF_A_WARP = 512
 MOST_WARPS = 16 if torch.version.hip else 32  # 1,024 threads either way

@@ -428,20 +428,50 @@ def test_a_second_backward_is_right_or_refused(dtype):
         scaled.backward()
 
 
-def step_passes(factor: float) -> Counter:
-    """Operators of a step of 3 chunks that touch a tensor as large as the head."""
+def step_passes(factor: float, dtype: torch.dtype = torch.float32, chunk_rows: int = 8) -> Counter:
+    """Operators of a step of 24 rows that touch a tensor as large as the head."""
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(24, 64, generator=generator).requires_grad_()
-    head = torch.randn(512, 64, generator=generator).requires_grad_()
+    hidden = torch.randn(24, 64, generator=generator).to(dtype).requires_grad_()
+    head = torch.randn(512, 64, generator=generator).to(dtype).requires_grad_()
     targets = SparseTargets(ids=torch.arange(4).expand(24, 4), weights=torch.rand(24, 4, generator=generator))
     with Passes(512 * 64) as counted:
-        (factor * skd.fused_linear_sparse_kl(hidden, head, targets, chunk_rows=8)).backward()
+        (factor * skd.fused_linear_sparse_kl(hidden, head, targets, chunk_rows=chunk_rows)).backward()
     return counted.large
 
 
 def test_a_factor_on_the_loss_costs_no_pass_over_the_head():
     """The last chunk's product scales what it adds to; 2 of 3 chunks are added before."""
     assert step_passes(2.5) == step_passes(1.0) == Counter({"mm": 3, "addmm": 6})
+
+
+@pytest.fixture
+def far(monkeypatch):
+    """Factors are read as on an accelerator: by the device alone."""
+    monkeypatch.setattr(fused, "_on_host", lambda x: False)
+
+
+@pytest.mark.parametrize("chunk_rows", [8, 64])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_factor_on_an_accelerator(far, dtype, chunk_rows):
+    """Of one chunk and of more, in the head's dtype: as the factor on the loss of materialised logits."""
+    hidden, head, _, targets, labels = example(dtype)
+    exact = [leaf.detach().double().requires_grad_() for leaf in (hidden, head)]
+    want = gradients(2.5 * skd.sparse_kl(exact[0] @ exact[1].T, targets, labels=labels), exact)
+    plain = gradients(2.5 * skd.sparse_kl(hidden @ head.T, targets, labels=labels), [hidden, head])
+    loss = 2.5 * skd.fused_linear_sparse_kl(hidden, head, targets, labels=labels, chunk_rows=chunk_rows)
+    for ours, theirs, true in zip(gradients(loss, [hidden, head]), plain, want, strict=True):
+        assert ours.dtype == theirs.dtype
+        slack = max(4 * torch.finfo(dtype).eps, 1e-12) * true.abs().max()
+        assert (ours.double() - true).abs().max() <= (theirs.double() - true).abs().max() + slack
+
+
+def test_a_factor_on_an_accelerator_costs_no_pass_over_the_head(far):
+    """16 bits: one chunk's product is all there is; three are added up in float32, which is rounded with the factor."""
+
+    one, three = (step_passes(2.5, torch.bfloat16, rows) for rows in (24, 8))
+    assert [one, three] == [step_passes(1.0, torch.bfloat16, rows) for rows in (24, 8)]
+    assert one == Counter({"mm": 1, "addmm": 2})
+    assert (three["mul"], three["mul_"], three["_to_copy"]) == (1, 0, 0)
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 8, 64])
