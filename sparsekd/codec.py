@@ -36,6 +36,9 @@ from .codec_split_weights import (
     unbiased,
 )
 from .codec_weights import decode_prob24, decode_prob40, encode_prob24, encode_prob40
+from .codec_weights_fast import decode_quickly as decode_weights_quickly
+from .codec_weights_fast import decode_rows_quickly as decode_weight_rows
+from .codec_weights_fast import encode_quickly as encode_weights_quickly
 from .errors import FormatError, MismatchError, RecipeError
 from .flat import FlatTargets, Importance
 from .words import pack, refuse, unpack
@@ -117,10 +120,16 @@ def _rounded(encode: Callable[..., bytes], encode_row: Callable[..., bytes], rou
 
 
 def _split_weights(rounding: Any, most: int = 1) -> Codec:
-    to_bytes, from_bytes = (encode_weights, encode_weights_row), (decode_weights, decode_weights_row)
-    whole, row = (partial(each, most=most) for each in to_bytes)
-    decode, decode_row = (partial(each, most=most) for each in from_bytes)
-    return _rounded(whole, row, rounding, decode=decode, decode_row=decode_row, holds=WEIGHTS)
+    whole, row = (partial(each, most=most) for each in (encode_weights, encode_weights_row))
+    return _rounded(
+        *(whole, row, rounding),
+        decode=partial(decode_weights, most=most),
+        decode_row=partial(decode_weights_row, most=most),
+        holds=WEIGHTS,
+        quick_encode=partial(encode_weights_quickly, rounding=rounding, most=most),
+        quick_decode=partial(decode_weights_quickly, most=most),
+        quick_rows=partial(decode_weight_rows, most=most),
+    )
 
 
 _split_ratio = partial(
@@ -420,7 +429,7 @@ def quick_rows(spec: Spec) -> Callable[..., tuple[Array, FlatTargets] | None] | 
 
 def _renumbered(numbers: Array, ids: Array) -> Array:
     """ids[numbers]; compiled, in the memory of the numbers, which are the decoder's own."""
-    fast = compiled.kernels()
+    fast = compiled.array_kernels()
     return numbers if fast and fast.renumber(np.asarray(ids, np.uint32), numbers) else ids[numbers]
 
 

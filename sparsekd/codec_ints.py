@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -66,13 +66,10 @@ def _classes(values: Array) -> tuple[bytes, bytes, bytes]:
     return classes.tobytes(), over.astype(np.uint8).tobytes(), (over[two] >> 8).astype(np.uint8).tobytes()
 
 
-def decode_ints(data: bytes, most: int, empty: Callable[[int, Any], Array] = np.empty) -> tuple[Array, int]:
-    """[T] uint32 values and the number of bytes they took; FormatError for damaged bytes or more than `most` values.
-
-    `empty` gives the memory for the values (`compiled.scratch` where they are soon forgotten).
-    """
+def decode_ints(data: bytes, most: int) -> tuple[Array, int]:
+    """[T] uint32 values and the number of bytes they took; FormatError for damaged bytes or more than `most` values."""
     classes, end = read_classes(data, most)
-    values, fast = empty(len(classes), np.uint32), compiled.kernels()
+    values, fast = np.empty(len(classes), np.uint32), compiled.kernels()
     used = fast.ints(classes, np.frombuffer(data, np.uint8), end, FIRST, values) if fast else -1
     return (values, used) if used >= 0 else fill_values(values, classes, data, end)
 

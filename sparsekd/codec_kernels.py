@@ -16,61 +16,15 @@ longest position.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numba
 import numpy as np
 from numba import types
 from numba.extending import intrinsic, register_jitable
 
-_BYTES, _NUMBERS, _SIZES, _FLAGS, _WEIGHTS = (
-    types.Array(of, 1, "C", readonly=True)
-    for of in (types.uint8, types.uint32, types.int64, types.boolean, types.float32)
-)
-_LONG, _OUT8, _OUT32 = types.int64, types.uint8[::1], types.uint32[::1]
+from .array_kernels import BYTES, FLAGS, FLAGS_2D, LONG, NUMBERS, OUT8, OUT32, WEIGHTS, compiled_for
+
 _LONGS, _LONGS_2D = (types.Array(types.int64, axes, "C", readonly=True) for axes in (1, 2))
-_FLAGS_2D = types.Array(types.boolean, 2, "C", readonly=True)
-
-
-def compiled_for(*arguments: Any) -> Callable[[Any], Any]:
-    """Compiles for these arguments when this module is imported, and keeps the code on disk: in __pycache__ or, if that
-    is read-only, in the user's cache folder (numba's NUMBA_CACHE_DIR). Where neither works, each process
-    compiles."""
-
-    def compile_it(function: Any) -> Any:
-        try:
-            return numba.njit(arguments, nogil=True, cache=True)(function)
-        except Exception:  # no folder to write to, a full disk, a damaged file: that can raise anything
-            return numba.njit(arguments, nogil=True)(function)
-
-    return compile_it
-
-
-@compiled_for(_BYTES, _BYTES, _LONG, _NUMBERS, _OUT32)
-def ints(classes, data, end, first, values):
-    """`codec_ints.decode_ints` below the zstd frame: fills values [T] and returns where the raw bytes end, or -1.
-
-    Args:
-        classes: [T].
-        end: where the raw bytes begin in `data`, above 0.
-        first: [256] the least value of each class.
-    """
-    lows, seconds = 0, 0
-    for each in classes:
-        lows += each >= 128
-        seconds += each >= 240
-    if end < 1 or end + lows + seconds > len(data) or len(values) < len(classes) or len(first) < 256:
-        return -1
-    low, second = np.uint64(end), np.uint64(end + lows)
-    for i in range(len(classes)):
-        one, two = np.uint64(classes[i] >= 128), np.uint64(classes[i] >= 240)
-        # No branch: about half of all ids take a raw byte, and none can tell which. The others read byte 0, times 0.
-        rest = np.uint64(data[low * one]) * one + (np.uint64(data[second * two]) * two << np.uint64(8))
-        values[i] = np.uint64(first[classes[i]]) + rest
-        low += one
-        second += two
-    return np.int64(second)
+_SCRATCHES = types.Tuple((OUT8, OUT32))
 
 
 @register_jitable
@@ -82,6 +36,40 @@ def _value(classes, data, first, at, low, second):
     rest = np.uint64(data[min(low, last)]) & (np.uint64(0) - one)
     rest += (np.uint64(data[min(second, last)]) & (np.uint64(0) - two)) << np.uint64(8)
     return np.uint64(first[each]) + rest, low + one, second + two
+
+
+@register_jitable
+def _raw_bytes(classes):
+    """How many raw bytes integers of these classes take: the lows, and the seconds."""
+    lows, seconds = 0, 0
+    for each in classes:
+        lows += each >= 128
+        seconds += each >= 240
+    return lows, seconds
+
+
+@compiled_for(BYTES)
+def raw_bytes(classes):
+    """How many raw bytes integers of these classes take in all."""
+    return sum(_raw_bytes(classes))
+
+
+@compiled_for(BYTES, BYTES, LONG, NUMBERS, OUT32)
+def ints(classes, data, end, first, values):
+    """`codec_ints.decode_ints` below the zstd frame: fills values [T] and returns where the raw bytes end, or -1.
+
+    Args:
+        classes: [T].
+        end: where the raw bytes begin in `data`, above 0.
+        first: [256] the least value of each class.
+    """
+    lows, seconds = _raw_bytes(classes)
+    if end < 1 or end + lows + seconds > len(data) or len(values) < len(classes) or len(first) < 256:
+        return -1
+    low, second = np.uint64(end), np.uint64(end + lows)
+    for i in range(len(classes)):
+        values[i], low, second = _value(classes, data, first, i, low, second)
+    return np.int64(second)
 
 
 @intrinsic
@@ -102,42 +90,76 @@ def _table(address, width):
 
 
 @register_jitable
-def _split_row(row, positions, rounds, width, supervised, table, scratches, seen, mark, tokens, ids, counts, sizes):
-    """One row of `split` or `split_rows`, into the beginnings of ids, counts and sizes: how many entries, or -1.
+def _fits(row, raw, positions, width, supervised, table, seen, tokens, sizes):
+    """Whether a row's raw bytes end where its data does, and all that is given is as long as it must be."""
+    _, data, end, first = row
+    if end < 1 or end + raw != len(data) or len(first) < 256:
+        return False
+    if not 0 <= positions <= len(sizes) or len(seen) < width or len(tokens) != len(supervised):
+        return False
+    return len(table) == 0 or len(table) >= width
+
+
+@register_jitable
+def _read_ids(row, head, entries, cursor, width, table, seen, mark, starts, ids):
+    """Fills ids[:entries] from the steps that begin at classes[head]: whether they are sound, and the raw bytes after.
 
     Args:
-        row: classes, data, where its raw bytes begin, and the least value of each class.
-        scratches: starts and heads.
+        cursor: the next raw bytes.
+        starts: bit 0 where a run of ids begins, bit 1 where a position does, of whose ids none may come twice.
     """
-    (classes, data, end, first), (starts, heads) = row, scratches
-    lows, seconds = 0, 0
-    for each in classes:
-        lows += each >= 128
-        seconds += each >= 240
-    if (
-        end < 1
-        or end + lows + seconds != len(data)
-        or len(first) < 256
-        or not 0 <= positions <= len(sizes)
-        or len(seen) < width
-    ):
-        return -1
-    slots, ranked = positions if len(supervised) else 0, len(table) > 0
-    if len(classes) < positions + slots or len(starts) <= len(classes) or len(heads) < len(classes):
-        return -1
-    if len(tokens) != len(supervised) or (ranked and len(table) < width):
-        return -1
-    low, second, total, filled = np.uint64(end), np.uint64(end + lows), 0, 0
-    for p in range(positions):
-        heads[p], low, second = _value(classes, data, first, p, low, second)
-        total += np.int64(heads[p])
-        filled += heads[p] > 0
-    head = positions + total + slots
-    if head > len(classes) or min(len(ids), len(counts)) < len(classes) - head:
-        return -1
-    for i in range(positions, head):
-        heads[i], low, second = _value(classes, data, first, i, low, second)
-    most = len(classes) - head
+    # All ids in one loop: a loop for each position, or run, ends with a branch mispredicted.
+    (classes, data, _, first), (low, second), ranked = row, cursor, len(table) > 0
+    token, here, one = np.uint64(0), np.uint64(mark) - np.uint64(1), np.uint64(1)
+    for i in range(entries):
+        step, low, second = _value(classes, data, first, np.uint64(head) + np.uint64(i), low, second)
+        start = np.uint64(starts[i])
+        here += start >> one
+        follows = (start & one) - one  # all bits, or none where a run begins
+        token = step + ((token + one) & follows)
+        if token >= np.uint64(width) or np.uint64(seen[token]) == here:
+            return False, low, second
+        seen[token] = here
+        ids[i] = table[token] if ranked else token
+    return True, low, second
+
+
+@register_jitable
+def _read_tokens(row, at, cursor, slots, positions, width, supervised, table, ids, sizes, tokens):
+    """Fills the input ids [L], each an entry of the position before it (`slots`, from 1 on), or spelled out from
+    classes[at] on: whether they use up slots and classes."""
+    (classes, data, _, first), (low, second), ranked = row, cursor, len(table) > 0
+    p, before = 0, 0
+    for t in range(len(tokens)):
+        slot = 0
+        if t > 0 and supervised[t]:
+            if p == positions:
+                return False
+            slot = np.int64(slots[p])
+            if slot > sizes[p]:
+                return False
+            before += sizes[p]
+            p += 1
+        if slot:
+            tokens[t] = ids[before - sizes[p - 1] + slot - 1]
+        else:
+            if at == len(classes):
+                return False
+            token, low, second = _value(classes, data, first, at, low, second)
+            if token >= np.uint64(width):
+                return False
+            tokens[t] = table[token] if ranked else token
+            at += 1
+    return at == len(classes) and (len(tokens) == 0 or p == positions)
+
+
+# --- split ------------------------------------------------------------------------------------------------
+
+
+@register_jitable
+def _read_counts(heads, positions, filled, rounds, most, starts, counts, sizes):
+    """Fills counts [M], starts (as in `_read_ids`) and sizes [P] from how many are above 1 and the steps between those:
+    M, or -1 beyond `most`."""
     counts[:most] = 1
     starts[: most + 1] = 0
     top, rest, entries = positions, positions + filled, 0
@@ -164,53 +186,48 @@ def _split_row(row, positions, rounds, width, supervised, table, scratches, seen
             rest += many - 1
         if left < 0:
             return -1
-        starts[entries] = 3  # of a run, and of a position
+        starts[entries] = 3
         sizes[p] = many + left
         entries += many + left
         if entries > most:
             return -1
-    # All ids in one loop: a loop for each position, or run, ends with a branch mispredicted.
-    token, here, one = np.uint64(0), np.uint64(mark) - np.uint64(1), np.uint64(1)
-    for i in range(entries):
-        step, low, second = _value(classes, data, first, np.uint64(head) + np.uint64(i), low, second)
-        start = np.uint64(starts[i])
-        here += start >> one
-        follows = (start & one) - one  # all bits, or none where a run begins
-        token = step + ((token + one) & follows)
-        if token >= np.uint64(width) or np.uint64(seen[token]) == here:
-            return -1
-        seen[token] = here
-        ids[i] = table[token] if ranked else token
-    # The input ids: an entry of the position before them, or spelled out.
-    at, p, before = head + entries, 0, 0
-    for t in range(len(tokens)):
-        slot = 0
-        if t > 0 and supervised[t]:
-            if p == positions:
-                return -1
-            slot = np.int64(heads[positions + total + p])
-            if slot > sizes[p]:
-                return -1
-            before += sizes[p]
-            p += 1
-        if slot:
-            tokens[t] = ids[before - sizes[p - 1] + slot - 1]
-        else:
-            if at == len(classes):
-                return -1
-            token, low, second = _value(classes, data, first, at, low, second)
-            if token >= np.uint64(width):
-                return -1
-            tokens[t] = table[token] if ranked else token
-            at += 1
-    if at != len(classes) or (len(tokens) > 0 and p != positions):
-        return -1
     return entries
 
 
-@compiled_for(
-    _BYTES, _BYTES, _LONG, _NUMBERS, _LONG, _LONG, _LONG, _FLAGS, _NUMBERS, _OUT8, _OUT32, _OUT32, _LONG, _OUT32
-)
+@register_jitable
+def _split_row(row, positions, rounds, width, supervised, table, scratches, seen, mark, tokens, found):
+    """One row of `split` or `split_rows`, into the beginnings of ids, counts and sizes: how many entries, or -1.
+
+    Args:
+        row: classes, data, where its raw bytes begin, and the least value of each class.
+        scratches, found: starts and heads; ids, counts and sizes.
+    """
+    (classes, data, end, first), (starts, heads), (ids, counts, sizes) = row, scratches, found
+    lows, seconds = _raw_bytes(classes)
+    if not _fits(row, lows + seconds, positions, width, supervised, table, seen, tokens, sizes):
+        return -1
+    slots = positions if len(supervised) else 0
+    if len(classes) < positions + slots or len(starts) <= len(classes) or len(heads) < len(classes):
+        return -1
+    low, second, total, filled = np.uint64(end), np.uint64(end + lows), 0, 0
+    for p in range(positions):
+        heads[p], low, second = _value(classes, data, first, p, low, second)
+        total += np.int64(heads[p])
+        filled += heads[p] > 0
+    head = positions + total + slots
+    if head > len(classes) or min(len(ids), len(counts)) < len(classes) - head:
+        return -1
+    for i in range(positions, head):
+        heads[i], low, second = _value(classes, data, first, i, low, second)
+    entries = _read_counts(heads, positions, filled, rounds, len(classes) - head, starts, counts, sizes)
+    if entries < 0:
+        return -1
+    sound, low, second = _read_ids(row, head, entries, (low, second), width, table, seen, mark, starts, ids)
+    told = (row, head + entries, (low, second), heads[positions + total : head], positions, width, supervised, table)
+    return entries if sound and _read_tokens(*told, ids, sizes, tokens) else -1
+
+
+@compiled_for(BYTES, BYTES, LONG, NUMBERS, LONG, LONG, LONG, FLAGS, NUMBERS, OUT8, OUT32, OUT32, LONG, OUT32)
 def split(classes, data, end, first, positions, rounds, width, supervised, table, starts, heads, seen, mark, tokens):
     """`codec_split.decode_split_row` below its zstd frame: whether it is sound, ids [M], counts [M], sizes [P].
 
@@ -230,33 +247,16 @@ def split(classes, data, end, first, positions, rounds, width, supervised, table
     sizes = np.empty(max(positions, 0), np.int64)
     entries = _split_row(
         *((classes, data, end, first), positions, rounds, width, supervised, table, (starts, heads), seen, mark),
-        *(tokens, ids, counts, sizes),
+        *(tokens, (ids, counts, sizes)),
     )
     return entries >= 0, ids[: max(entries, 0)], counts[: max(entries, 0)], sizes
 
 
 @compiled_for(
-    *(_LONGS_2D, _BYTES, _BYTES, _NUMBERS, _LONG, _LONG, _FLAGS_2D, _LONGS),
-    *(_OUT8, _OUT32, _OUT32, _LONG, types.uint32[:, ::1], _OUT32, _OUT32, types.int64[::1]),
+    *(_LONGS_2D, BYTES, BYTES, NUMBERS, LONG, LONG, FLAGS_2D, _LONGS),
+    *(_SCRATCHES, OUT32, LONG, types.uint32[:, ::1], types.Tuple((OUT32, OUT32, types.int64[::1]))),
 )
-def split_rows(
-    spans,
-    classes,
-    data,
-    first,
-    rounds,
-    width,
-    supervised,
-    tables,
-    starts,
-    heads,
-    seen,
-    mark,
-    tokens,
-    ids,
-    counts,
-    sizes,
-):
+def split_rows(spans, classes, data, first, rounds, width, supervised, tables, scratches, seen, mark, tokens, found):
     """`split` of B rows at once: how many entries they have together, or -1 where one is not sound. Fills ids [M],
     counts [M] and sizes [P], a row after another.
 
@@ -265,11 +265,12 @@ def split_rows(
         classes, data: those of all rows, one after another.
         supervised: [B, L].
         tables: [B] addresses of what `split` calls table, uint32 [V] without holes; 0 where a number is the id.
-        starts, heads: as for the longest row.
+        scratches: starts and heads, as for the longest row.
         mark: mark + B + P is below 2^32.
         tokens: [B, L].
+        found: ids, counts and sizes.
     """
-    class_at, byte_at, size_at, at = 0, 0, 0, 0
+    (ids, counts, sizes), class_at, byte_at, size_at, at = found, 0, 0, 0, 0
     if not len(spans) == len(supervised) == len(tables) == len(tokens) or spans.shape[1] != 4:
         return -1
     for b in range(len(spans)):
@@ -277,263 +278,123 @@ def split_rows(
         if min(length, size, positions) < 0 or length > len(classes) - class_at or size > len(data) - byte_at:
             return -1
         row = (classes[class_at : class_at + length], data[byte_at : byte_at + size], end, first)
-        found = _split_row(
-            *(row, positions, rounds, width, supervised[b], _table(tables[b], width), (starts, heads), seen, mark),
-            *(tokens[b], ids[at:], counts[at:], sizes[size_at:]),
+        entries = _split_row(
+            *(row, positions, rounds, width, supervised[b], _table(tables[b], width), scratches, seen, mark),
+            *(tokens[b], (ids[at:], counts[at:], sizes[size_at:])),
         )
-        if found < 0:
+        if entries < 0:
             return -1
-        class_at, byte_at, size_at, at = class_at + length, byte_at + size, size_at + positions, at + found
+        class_at, byte_at, size_at, at = class_at + length, byte_at + size, size_at + positions, at + entries
         mark += positions + 1
     return at
 
 
-_KEYS, _WANTED = types.uint32[::1], types.uint64[::1]
-_NONE = np.uint64(2**63)
+# --- split_prob, split_weight -----------------------------------------------------------------------------
 
 
-@compiled_for(
-    *(_NUMBERS, _NUMBERS, _SIZES, _NUMBERS, _FLAGS, _NUMBERS),
-    *(_LONG, _LONG, _LONG, _LONG, _OUT32, _LONG, _KEYS, _WANTED, _OUT32),
-)
-def sort_keys(
-    ids, counts, sizes, tokens, supervised, table, rounds, width, id_bits, group, seen, mark, keys, wanted, spelled
-):
-    """What `codec_split._sorted` and `input_streams` make of a row, before the sort. Returns how many input ids are
-    spelled out, how many positions have a count above 1, how many entries have; or -1 where something is not sound.
-
-    A key is: the position modulo `group` (a power of 2, at least 2), rounds - count, then `id_bits` of id. All keys of
-    a group of positions, sorted, are its entries in the order of the format.
-
-    Args:
-        tokens, supervised: [L] input ids; nothing for targets alone.
-        table: [V] the number of each id in the list; nothing where that is the id.
-        seen, mark: as in `split`.
-        keys: [M], is filled.
-        wanted: [P], is filled with the key of the next token, or `_NONE`.
-        spelled: [L], is filled with the input ids that no key tells.
-    """
-    at, filled, multiple, t, telling, ranked = 0, 0, 0, 0, 0, len(table) > 0
-    if len(counts) != len(ids) or len(keys) != len(ids) or len(seen) < width or (ranked and len(table) < width):
-        return -1, 0, 0
-    if len(tokens) != len(supervised) or len(spelled) != len(tokens) or len(wanted) != len(sizes):
-        return -1, 0, 0
-    count_bits = 0
-    while rounds > 1 << count_bits:
-        count_bits += 1
-    for p in range(len(sizes)):
-        if not 0 <= sizes[p] <= len(ids) - at:
-            return -1, 0, 0
-        following = np.uint64(_NONE)
-        if len(tokens):
-            while t < len(tokens) and (t == 0 or not supervised[t]):
-                if tokens[t] >= width:
-                    return -1, 0, 0
-                spelled[telling] = table[tokens[t]] if ranked else tokens[t]
-                telling += 1
-                t += 1
-            if t == len(tokens) or tokens[t] >= width:
-                return -1, 0, 0
-            following = np.uint64(tokens[t])
-        left, many, here, told = np.int64(rounds), 0, np.uint32(mark + p), np.uint64(_NONE)
-        for i in range(at, at + sizes[p]):
-            token, count = np.uint64(ids[i]), np.int64(counts[i])
-            if token >= np.uint64(width) or not 1 <= count <= left:
-                return -1, 0, 0
-            number = np.uint64(table[token] if ranked else token)
-            if number >= np.uint64(width) or seen[number] == here:  # by rank: frequent ids are close together
-                return -1, 0, 0
-            seen[number] = here
-            left -= count
-            many += count > 1
-            key = ((p & group - 1) << count_bits) + rounds - count
-            keys[i] = (np.uint64(key) << np.uint64(id_bits)) + number
-            if token == following:
-                told = np.uint64(keys[i])
-        if left:
-            return -1, 0, 0
-        wanted[p] = told
-        if len(tokens):
-            if told == np.uint64(_NONE):
-                spelled[telling] = table[tokens[t]] if ranked else tokens[t]
-                telling += 1
-            t += 1
-        at += sizes[p]
-        filled += many > 0
-        multiple += many
-    while t < len(tokens):
-        if (t > 0 and supervised[t]) or tokens[t] >= width:
-            return -1, 0, 0
-        spelled[telling] = table[tokens[t]] if ranked else tokens[t]
-        telling += 1
-        t += 1
-    return (telling if at == len(ids) else -1), filled, multiple
-
-
-@compiled_for(
-    *(_KEYS, _SIZES, _WANTED, _NUMBERS, _LONG, _LONG, _LONG, _LONG, _LONG),
-    *(_OUT32, _OUT8, _OUT8, _OUT8),
-)
-def streams(keys, sizes, wanted, spelled, filled, multiple, rounds, id_bits, row, values, classes, lows, seconds):
-    """`codec_split._encode` above its zstd frame: how many raw bytes there are of each kind, or -1; fills the classes
-    [T] and the raw bytes.
-
-    Args:
-        keys, wanted, spelled, filled, multiple: of `sort_keys`; the keys sorted within their groups.
-        row: 1, or 0 for targets alone.
-        values: scratch [T].
-        lows, seconds: at least T + 1.
-    """
-    positions, one, id_mask = len(sizes), np.uint32(1), np.uint32((1 << id_bits) - 1)
-    top, rest, slots = positions, positions + filled, positions + multiple
-    head, at, id_bits = slots + row * positions, 0, np.uint32(id_bits)
-    if len(values) != head + len(keys) + len(spelled) or len(classes) != len(values) or len(wanted) != positions:
-        return -1, -1
-    if len(lows) <= len(values) or len(seconds) <= len(values) or not len(keys):
-        return -1, -1
-    count_mask = 1
-    while count_mask < rounds:
-        count_mask *= 2
-    count_mask -= 1
+@register_jitable
+def _read_levels(row, positions, filled, cursor, powers, scratches, weights, sizes):
+    """Fills weights [M] and starts (as in `_read_ids`) from the first level of each position and the steps between the
+    others: whether no level is too deep, and the raw bytes after."""
+    (classes, data, _, first), (low, second), (starts, heads) = row, cursor, scratches
+    for i in range(filled):
+        heads[i], low, second = _value(classes, data, first, positions + i, low, second)
+    at, top, entry, deepest = np.uint64(positions + filled), 0, np.uint64(0), np.uint64(len(powers))
     for p in range(positions):
-        if sizes[p] < 1 or sizes[p] > len(keys) - at:
-            return -1, -1
-        if row:
-            slot, told = 0, wanted[p]
-            for j in range(at, at + sizes[p]):
-                slot += np.uint64(keys[j]) <= told
-            values[slots + p] = slot if told != np.uint64(_NONE) else 0
-        many, count = 0, rounds - (np.int64(keys[at] >> id_bits) & count_mask)
-        while count > 1:
-            many += 1
-            below = 1
-            if many < sizes[p]:
-                below = rounds - (np.int64(keys[at + many] >> id_bits) & count_mask)
-            if many == 1:
-                values[top] = count - max(below, 2)
-                top += 1
-            else:
-                values[rest] = count - max(below, 2)
-                rest += 1
-            count = below
-        values[p] = many
-        at += sizes[p]
-    values[head] = keys[0] & id_mask
-    for i in range(1, len(keys)):
-        follows = np.uint32(keys[i] >> id_bits == keys[i - 1] >> id_bits)
-        values[head + i] = (keys[i] & id_mask) - ((keys[i - 1] & id_mask) + one) * follows
-    for i in range(len(spelled)):
-        values[head + len(keys) + i] = spelled[i]
-    # Two loops: the first becomes SIMD code, three times as fast in all.
-    for i in range(len(values)):
-        large, larger = np.uint32(values[i] >= np.uint32(128)), np.uint32(values[i] >= np.uint32(28800))
-        over = values[i] - (large << np.uint32(7)) - np.uint32(28672) * larger
-        classes[i] = (over >> (large + larger << np.uint32(3))) + (large << np.uint32(7)) + np.uint32(112) * larger
-    low, second = np.uint64(0), np.uint64(0)
-    for i in range(len(values)):
-        lows[low] = (values[i] - np.uint32(128)) & np.uint32(255)  # that of values - 28800 too
-        low += np.uint64(classes[i]) >> np.uint64(7)
-        if classes[i] >= 240:
-            seconds[second] = (values[i] - np.uint32(28800)) >> np.uint32(8) & np.uint32(255)
-            second += np.uint64(1)
-    return np.int64(low), np.int64(second)
+        if not sizes[p]:
+            continue
+        level = np.uint64(heads[top])
+        top += 1
+        if level >= deepest:
+            return False, low, second
+        starts[entry] = 3
+        weights[entry] = powers[level]
+        entry += np.uint64(1)
+        for _ in range(1, sizes[p]):
+            step = np.uint64(classes[at])
+            if step >= np.uint64(128):  # four octaves at once: so rare that a branch is cheaper
+                step, low, second = _value(classes, data, first, at, low, second)
+            level += step
+            if level >= deepest:
+                return False, low, second
+            starts[entry] = step > np.uint64(0)
+            weights[entry] = powers[level]
+            at += np.uint64(1)
+            entry += np.uint64(1)
+    return True, low, second
 
 
-@compiled_for(_NUMBERS, _NUMBERS, _SIZES, _FLAGS, _OUT32)
-def inputs(values, ids, sizes, supervised, tokens):
-    """`codec_split.decode_inputs` below its list: whether it is sound; fills tokens [L].
+@register_jitable
+def _weight_row(row, told, positions, powers, width, supervised, table, scratches, seen, mark, tokens, found):
+    """One row of `weight_rows`, into the beginnings of ids, weights and sizes: how many entries, or -1.
 
     Args:
-        values: [P] which entry of its position each next token is, then what is spelled out.
-        ids, sizes: [M], [P].
-        supervised: [L] bool.
+        row: classes of the targets, data, where their raw bytes begin, and the least value of each class.
+        told: classes of the input ids, and where their raw bytes begin.
+        scratches, found: starts and heads; ids, weights and sizes.
     """
-    positions = len(sizes)
-    if len(values) < positions or len(tokens) != len(supervised):
-        return False
-    spelled, p, first = positions, 0, 0
-    for i in range(len(tokens)):
-        entry = 0
-        if i > 0 and supervised[i]:
-            if p == positions:
-                return False
-            entry = np.int64(values[p])
-            if entry > sizes[p] or first + sizes[p] > len(ids):
-                return False
-            first += sizes[p]
-            p += 1
-        if entry:
-            tokens[i] = ids[first - sizes[p - 1] + entry - 1]
-        else:
-            if spelled == len(values):
-                return False
-            tokens[i] = values[spelled]
-            spelled += 1
-    return p == positions and spelled == len(values)
-
-
-@compiled_for(_NUMBERS, types.int64[::1])
-def tally(ids, uses):
-    """`uses[each] += 1` for each id that is below len(uses)."""
-    for each in ids:
-        if each < len(uses):
-            uses[each] += 1
-
-
-@compiled_for(_NUMBERS, _OUT32)
-def renumber(table, ids):
-    """`ids[:] = table[ids]`, or False, and ids as they were, where one is none of the table's."""
-    most = np.uint32(0)
-    for each in ids:
-        most = max(most, each)
-    if len(ids) and most >= len(table):
-        return False
-    for i in range(len(ids)):
-        ids[i] = table[ids[i]]
-    return True
-
-
-@compiled_for(_NUMBERS, _WEIGHTS, _SIZES, _FLAGS, types.int64[:, ::1], types.float32[:, ::1])
-def pad(ids, weights, sizes, supervised, ids_PK, weights_PK):
-    """One row of `padded.pad_rows`, into zeros: whether all of it fitted."""
-    at, row = 0, 0
-    if len(weights) != len(ids) or len(ids_PK) != len(supervised) or ids_PK.shape != weights_PK.shape:
-        return False
-    for p in range(len(supervised)):
-        if not supervised[p]:
-            continue
-        if row == len(sizes) or not 0 <= sizes[row] <= min(ids_PK.shape[1], len(ids) - at):
-            return False
-        for j in range(sizes[row]):
-            ids_PK[p, j] = ids[at + j]
-            weights_PK[p, j] = weights[at + j]
-        at += sizes[row]
-        row += 1
-    return row == len(sizes) and at == len(ids)
+    (classes, data, end, first), (starts, heads), (ids, weights, sizes) = row, scratches, found
+    inputs, (lows, seconds), (more, most) = (told[0], data, told[1], first), _raw_bytes(classes), _raw_bytes(told[0])
+    if not _fits(inputs, more + most, positions, width, supervised, table, seen, tokens, sizes):
+        return -1
+    slots = positions if len(supervised) else 0
+    if end < min(1, len(classes)) or end + lows + seconds > told[1] or len(told[0]) < slots:
+        return -1
+    if min(len(classes), len(heads)) < positions:
+        return -1
+    low, second, total, filled = np.uint64(end), np.uint64(end + lows), 0, 0
+    for p in range(positions):
+        size, low, second = _value(classes, data, first, p, low, second)
+        sizes[p] = size
+        total += np.int64(size)
+        filled += size > 0
+    if len(classes) != positions + 2 * total or min(len(ids), len(weights), len(starts)) < total:
+        return -1
+    sound, low, second = _read_levels(row, positions, filled, (low, second), powers, scratches, weights, sizes)
+    if not sound:
+        return -1
+    steps = positions + total
+    sound, low, second = _read_ids(row, steps, total, (low, second), width, table, seen, mark, starts, ids)
+    low, second = np.uint64(told[1]), np.uint64(told[1] + more)
+    for p in range(slots):
+        heads[p], low, second = _value(told[0], data, first, p, low, second)
+    spelled = (inputs, slots, (low, second), heads, positions, width, supervised, table, ids, sizes, tokens)
+    return total if sound and _read_tokens(*spelled) else -1
 
 
 @compiled_for(
-    *(_NUMBERS, _NUMBERS, _SIZES, _LONG, types.Array(types.boolean, 2, "C", readonly=True)),
-    *(types.int64[:, :, ::1], types.float32[:, :, ::1]),
+    *(_LONGS_2D, BYTES, BYTES, NUMBERS, WEIGHTS, LONG, FLAGS_2D, _LONGS),
+    *(_SCRATCHES, OUT32, LONG, types.uint32[:, ::1], types.Tuple((OUT32, types.float32[::1], types.int64[::1]))),
 )
-def pad_counts(ids, counts, sizes, rounds, supervised, ids_BPK, weights_BPK):
-    """`padded.pad_joined` of counts, padding written too: whether all of it fitted."""
-    at, row = 0, 0
-    if len(counts) != len(ids) or ids_BPK.shape != weights_BPK.shape or ids_BPK.shape[:2] != supervised.shape:
-        return False
-    for b in range(supervised.shape[0]):
-        for p in range(supervised.shape[1]):
-            size = 0
-            if supervised[b, p]:
-                if row == len(sizes) or not 0 <= sizes[row] <= min(ids_BPK.shape[2], len(ids) - at):
-                    return False
-                size = sizes[row]
-                row += 1
-            for j in range(size):
-                ids_BPK[b, p, j] = ids[at + j]
-            for j in range(size):
-                weights_BPK[b, p, j] = np.float32(np.float64(counts[at + j]) / np.float64(rounds))
-            ids_BPK[b, p, size:] = 0
-            weights_BPK[b, p, size:] = 0
-            at += size
-    return row == len(sizes) and at == len(ids)
+def weight_rows(spans, classes, data, first, powers, width, supervised, tables, scratches, seen, mark, tokens, found):
+    """`codec_split_weights.decode_weights_row` of B rows below their zstd frames: how many entries they have together,
+    or -1 where one is not sound. Fills ids [M], weights [M] and sizes [P], a row after another.
+
+    Args:
+        spans: [B, 6] of each row: its classes of the targets and of the input ids, its bytes, where in those the raw
+            bytes of the targets and of the input ids begin, its positions. Targets alone have no classes of the
+            second kind, whose raw bytes then begin where the first's end.
+        powers: the weight of each level.
+        others: as in `split_rows`.
+    """
+    (ids, weights, sizes), class_at, byte_at, size_at, at = found, 0, 0, 0, 0
+    if not len(spans) == len(supervised) == len(tables) == len(tokens) or spans.shape[1] != 6:
+        return -1
+    for b in range(len(spans)):
+        length, told, size = spans[b, 0], spans[b, 1], spans[b, 2]
+        end, after, positions = spans[b, 3], spans[b, 4], spans[b, 5]
+        if min(length, told, size, positions) < 0 or size > len(data) - byte_at:
+            return -1
+        if length > len(classes) - class_at or told > len(classes) - class_at - length:
+            return -1
+        middle, last = class_at + length, class_at + length + told
+        row = (classes[class_at:middle], data[byte_at : byte_at + size], end, first)
+        entries = _weight_row(
+            *(row, (classes[middle:last], after), positions, powers, width, supervised[b]),
+            *(_table(tables[b], width), scratches, seen, mark, tokens[b], (ids[at:], weights[at:], sizes[size_at:])),
+        )
+        if entries < 0:
+            return -1
+        class_at, byte_at, size_at, at = last, byte_at + size, size_at + positions, at + entries
+        mark += positions + 1
+    return at

@@ -21,7 +21,6 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from . import compiled
 from .codec_counts import _check_sums
 from .codec_ints import MOST_VALUE, MOST_VALUES, decode_ints, encode_ints
 from .errors import FormatError, MismatchError
@@ -280,12 +279,9 @@ def input_streams(input_ids: Array, flat: FlatTargets, supervised: Array) -> tup
 def decode_inputs(data: bytes, flat: FlatTargets, seq_len: int, supervised: Array) -> Array:
     """[L] uint32: the inverse of `encode_inputs`, given the targets with their entries in the same order."""
     positions = len(flat.sizes)
-    values, used = decode_ints(data, positions + seq_len, compiled.scratch("inputs"))
+    values, used = decode_ints(data, positions + seq_len)
     if used != len(data):
         raise FormatError(f"the input ids take {used} bytes of {len(data)}; the file is damaged")
-    input_ids, fast = np.empty(seq_len, np.uint32), compiled.kernels()
-    if fast and fast.inputs(values, flat.ids, flat.sizes, supervised, input_ids):
-        return input_ids
     return place_inputs(values[:positions], values[positions:], flat, supervised)
 
 

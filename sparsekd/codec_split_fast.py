@@ -28,29 +28,29 @@ Spec = Mapping[str, Any]
 
 _KEY_BITS = 32  # numpy sorts these twice as fast as 64
 _GROUP_BITS = 8  # positions sorted at once: longer lists sort more slowly
-_NO_NUMBERS, _NO_MASK = np.zeros(0, np.uint32), np.zeros(0, bool)
+NO_NUMBERS, _NO_MASK = np.zeros(0, np.uint32), np.zeros(0, bool)
 
 
 def encode_quickly(
     input_ids: Array, flat: FlatTargets, supervised: Array, spec: Spec, table: Array | None
 ) -> bytes | None:
     """`encode_split_row` (no input ids: `encode_split`) with ids by `table` [V]."""
-    fast, rounds, width = compiled.kernels(len(flat.ids)), spec["rounds"], spec["logit_width"]
+    fast, rounds, width = compiled.encode_kernels(len(flat.ids)), spec["rounds"], spec["logit_width"]
     id_bits = (width - 1).bit_length()
     group_bits = min(_GROUP_BITS, _KEY_BITS - id_bits - (rounds - 1).bit_length())
     if fast is None or flat.rounds != rounds or not len(flat.sizes) or group_bits < 1:
         return None
     if flat.importance is not None or flat.curve is not None:
         return None
-    tokens = np.asarray(input_ids).astype(np.uint32, copy=False)
-    if tokens is not input_ids and bool((tokens != input_ids).any()):
+    tokens = whole_numbers(input_ids)
+    if tokens is None:
         return None
     positions, entries, length = len(flat.sizes), len(flat.ids), len(tokens)
     if 4 * entries + length > MOST_VALUES:
         return None
     keys, wanted = scratch("keys")(entries, np.uint32), scratch("wanted")(positions, np.uint64)
     spelled, seen = scratch("spelled")(length, np.uint32), stamps(width, positions)
-    row = (flat.ids, flat.values, flat.sizes, tokens, supervised, _NO_NUMBERS if table is None else table)
+    row = (flat.ids, flat.values, flat.sizes, tokens, supervised, NO_NUMBERS if table is None else table)
     try:
         telling, filled, multiple = fast.sort_keys(
             *row, rounds, width, id_bits, 2**group_bits, *seen, keys, wanted, spelled
@@ -59,7 +59,7 @@ def encode_quickly(
         return None
     if telling < 0:
         return None
-    _sort_groups(keys, flat.sizes, 2**group_bits)
+    sort_groups(keys, flat.sizes, 2**group_bits)
     head = positions * (2 if length else 1) + multiple
     total = head + entries + telling
     classes, values = scratch("classes")(total, np.uint8), scratch("values")(total, np.uint32)
@@ -71,7 +71,13 @@ def encode_quickly(
     return join_ints([classes[:head], classes[head:]], [lows[:low], seconds[:second]]) if low >= 0 else None
 
 
-def _sort_groups(keys: Array, sizes: Array, group: int) -> None:
+def whole_numbers(input_ids: Array) -> Array | None:
+    """[L] uint32, or None where that changes a number."""
+    tokens = np.asarray(input_ids).astype(np.uint32, copy=False)
+    return None if tokens is not input_ids and bool((tokens != input_ids).any()) else tokens
+
+
+def sort_groups(keys: Array, sizes: Array, group: int) -> None:
     """Sorts the keys of each `group` positions."""
     if len(sizes) <= group:
         return keys.sort()
@@ -92,7 +98,7 @@ def decode_quickly(
     tokens, seen = np.empty(len(supervised), np.uint32), stamps(width, positions + 1)
     sound, ids, counts, sizes = fast.split(
         *(classes, np.frombuffer(data, np.uint8), end, FIRST, positions, rounds, width, supervised),
-        *(_NO_NUMBERS if table is None else table, starts, heads, *seen, tokens),
+        *(NO_NUMBERS if table is None else table, starts, heads, *seen, tokens),
     )
     return (tokens, FlatTargets(ids=ids, values=counts, sizes=sizes, rounds=rounds)) if sound else None
 
@@ -111,8 +117,8 @@ def decode_rows_quickly(
     positions = np.count_nonzero(supervised_BL[:, 1:], axis=1).tolist()
     contents, spans = _contents(blocks, positions, supervised_BL.shape[1], spec)
     values, longest, total = sum(map(len, contents)), max(map(len, contents), default=0), sum(positions)
-    addresses = _addresses(tables, width) if values else None
-    if addresses is None:
+    lists = addresses(tables, width) if values else None
+    if lists is None:
         return None
     starts, heads = scratch("starts")(longest + 1, np.uint8), scratch("values")(longest, np.uint32)
     ids, counts = memory("batch_ids")(values, np.uint32), memory("batch_counts")(values, np.uint32)
@@ -123,8 +129,8 @@ def decode_rows_quickly(
             np.frombuffer(b"".join(contents), np.uint8),
             np.frombuffer(b"".join(blocks), np.uint8),
         ),
-        *(FIRST, rounds, width, supervised_BL, addresses, starts, heads, *stamps(width, total + len(blocks))),
-        *(tokens, ids, counts, sizes),
+        *(FIRST, rounds, width, supervised_BL, lists, (starts, heads), *stamps(width, total + len(blocks))),
+        *(tokens, (ids, counts, sizes)),
     )
     if found < 0:
         return None
@@ -148,7 +154,7 @@ def _contents(
     return contents, spans
 
 
-def _addresses(tables: Sequence[Array | None], width: int) -> Array | None:
+def addresses(tables: Sequence[Array | None], width: int) -> Array | None:
     """[B] int64 where each table lies, 0 for none; None where one is not as the kernel reads it."""
     found: dict[int, int] = {id(None): 0}
     for table in tables:
@@ -165,7 +171,7 @@ def _addresses(tables: Sequence[Array | None], width: int) -> Array | None:
 
 def encode_counts(flat: FlatTargets, spec: Spec) -> bytes:
     """`encode_split`."""
-    return encode_quickly(_NO_NUMBERS, flat, _NO_MASK, spec, None) or encode_split(flat, spec)
+    return encode_quickly(NO_NUMBERS, flat, _NO_MASK, spec, None) or encode_split(flat, spec)
 
 
 def encode_counts_row(input_ids: Array, flat: FlatTargets, supervised: Array, spec: Spec) -> bytes:

@@ -36,9 +36,9 @@ Array = NDArray[Any]
 Spec = Mapping[str, Any]
 Rounding = Callable[[FlatTargets], Array]
 
-_OCTAVE = 32
-_DEEPEST = 149 * _OCTAVE  # 2^-149, the smallest positive float32
-_POWERS = np.exp2(-np.arange(_DEEPEST + 1) / _OCTAVE)
+OCTAVE = 32
+_DEEPEST = 149 * OCTAVE  # 2^-149, the smallest positive float32
+POWERS = np.exp2(-np.arange(_DEEPEST + 1) / OCTAVE)
 
 
 # --- rounding -------------------------------------------------------------------------------------------
@@ -56,13 +56,13 @@ def unbiased(flat: FlatTargets) -> Array:
     """
     low = np.floor(_exact(flat)).astype(np.int64)
     high = np.minimum(low + 1, _DEEPEST)
-    above, below = _POWERS[low], _POWERS[high]
+    above, below = POWERS[low], POWERS[high]
     share = np.divide(flat.values - below, above - below, out=np.ones(len(low)), where=above > below)
     return np.where(_uniform(flat) < share, low, high)
 
 
 def _exact(flat: FlatTargets) -> Array:
-    levels: Array = (-np.log2(flat.values.astype(np.float64)) * _OCTAVE).clip(0, _DEEPEST)
+    levels: Array = (-np.log2(flat.values.astype(np.float64)) * OCTAVE).clip(0, _DEEPEST)
     return levels
 
 
@@ -141,7 +141,7 @@ def _decode(data: bytes, positions: int, spec: Spec, most: int) -> tuple[FlatTar
     starts = run_starts(levels, first)
     ids = ids_of_steps(values[positions + total :], starts, int(sizes.max()))
     check_ids(ids, sizes, spec["logit_width"])
-    weights = (most * _POWERS[levels]).astype(np.float32)
+    weights = (most * POWERS[levels]).astype(np.float32)
     return FlatTargets(ids=ids.astype(np.uint32, copy=False), values=weights, sizes=sizes), used
 
 

@@ -33,9 +33,27 @@ def kernels(values: int = 0) -> Any:
     return load() if _read >= _SOON_ENOUGH else None
 
 
+def array_kernels() -> Any:
+    """The module `array_kernels`, or None as `kernels`."""
+    if kernels() is None:
+        return None
+    from . import array_kernels
+
+    return array_kernels
+
+
+def encode_kernels(values: int) -> Any:
+    """The module `encode_kernels`, or None as `kernels`. `values`: how many are written now."""
+    if kernels(values) is None:
+        return None
+    from . import encode_kernels
+
+    return encode_kernels
+
+
 @cache
 def load() -> Any:
-    """The module `codec_kernels`, imported now (half a second; the first time ever 6 to 8 s, to compile), or None."""
+    """The module `codec_kernels`, imported now (half a second; the first time ever some 9 s, to compile), or None."""
     try:
         from numba import config
 

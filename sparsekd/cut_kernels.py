@@ -15,7 +15,7 @@ import numpy as np
 from numba import types
 from numba.extending import register_jitable
 
-from .codec_kernels import compiled_for
+from .array_kernels import compiled_for
 
 _BYTES, _LONGS, _REALS, _FLAGS = (
     types.Array(of, 1, "C", readonly=True) for of in (types.uint8, types.int64, types.float64, types.boolean)

@@ -50,7 +50,7 @@ def id_ranks(targets: Iterable[FlatTargets], logit_width: int, least: int = _LEA
 
 def _uses(parts: Iterable[Array], logit_width: int) -> Array:
     """[V] how often each id below V is there."""
-    uses, count, fast = np.zeros(logit_width, np.int64), 0, compiled.kernels()
+    uses, count, fast = np.zeros(logit_width, np.int64), 0, compiled.array_kernels()
     waiting: list[Array] = []
     for ids in parts:
         if fast and ids.dtype == np.uint32 and ids.flags.c_contiguous:

@@ -68,18 +68,20 @@ def pad_rows(rows: Sequence[FlatTargets], supervised_BP: Array) -> tuple[Array, 
 
 
 def pad_joined(flat: FlatTargets, supervised_BP: Array) -> tuple[Array, Array] | None:
-    """`pad_rows` of rows whose counts `FlatTargets.join` put together, in one call that writes the padding too.
+    """`pad_rows` of rows that `FlatTargets.join` put together, in one call that writes the padding too.
 
-    None where numba is not at hand, for other targets, and for arrays beyond 2 GiB: take `pad_rows`.
+    None where numba is not at hand, for targets that are neither counts nor weights, and for arrays beyond 2 GiB: take
+    `pad_rows`.
     """
     count, positions = supervised_BP.shape
-    shape, fast = (count, positions, max(1, int(flat.sizes.max(initial=0)))), compiled.kernels()
-    plain = flat.rounds is not None and flat.importance is None and flat.scale is None and flat.curve is None
+    shape, fast = (count, positions, max(1, int(flat.sizes.max(initial=0)))), compiled.array_kernels()
+    plain = flat.importance is None and flat.scale is None and flat.curve is None
     if fast is None or not plain or 12 * math.prod(shape) > _MOST_BYTES:
         return None
     ids, weights = np.empty(shape, np.int64), np.empty(shape, np.float32)
     try:
-        fitted = fast.pad_counts(flat.ids, flat.values, flat.sizes, flat.rounds, supervised_BP, ids, weights)
+        loop = fast.pad_weights if flat.rounds is None else fast.pad_counts
+        fitted = loop(flat.ids, flat.values, flat.sizes, flat.rounds or 1, supervised_BP, ids, weights)
     except TypeError:  # arrays of other types or strides than a decoder's
         return None
     return (ids, weights) if fitted else None
@@ -87,7 +89,7 @@ def pad_joined(flat: FlatTargets, supervised_BP: Array) -> tuple[Array, Array] |
 
 def _pad_quickly(row: FlatTargets, supervised: Array, ids: Array, weights: Array) -> bool:
     """One row into its place, compiled; False where that is not at hand or finds that they do not fit together."""
-    fast = compiled.kernels()
+    fast = compiled.array_kernels()
     if fast is None:
         return False
     try:

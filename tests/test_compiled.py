@@ -16,7 +16,6 @@ from test_codec_split import N, a_row, draws, spec_of
 from sparsekd import compiled
 from sparsekd.codec import FlatTargets, decode, decode_row, encode, encode_row
 from sparsekd.codec_ints import FIRST, MOST_VALUE, decode_ints, encode_ints
-from sparsekd.codec_split import decode_inputs
 from sparsekd.codec_split_fast import encode_quickly
 from sparsekd.errors import FormatError, MismatchError
 from sparsekd.id_ranks import id_ranks
@@ -24,6 +23,7 @@ from sparsekd.padded import pad_rows
 
 if compiled.load() is None:
     pytest.skip("needs the extra fast", allow_module_level=True)
+from sparsekd import array_kernels, encode_kernels
 
 
 def both_ways(function, *arguments):
@@ -221,30 +221,6 @@ def test_flipped_bits_and_truncations_end_alike():
         assert numpy == fast
 
 
-def hostile_slots(count):
-    """(slots and spelled ids, sizes, supervised): more or fewer than fit, entries that are there and that are not."""
-    rng = np.random.default_rng(2)
-    for _ in range(count):
-        supervised = rng.random(rng.integers(1, 9)) < 0.7
-        sizes = rng.integers(1, 4, int(supervised[1:].sum()))
-        length = len(supervised) + int(rng.integers(-1, 2))
-        slots = rng.integers(0, sizes + 1 + (rng.random(len(sizes)) < 0.1))
-        spelled = rng.integers(30, size=max(0, length - int((slots > 0).sum())))
-        yield np.concatenate([slots, spelled])[: max(length, len(slots))], sizes, supervised
-
-
-def test_hostile_slots_are_refused_in_the_same_words():
-    """A row whose input ids are too many, too few, or entries that are not there."""
-    taken = 0
-    for values, sizes, supervised in hostile_slots(600):
-        ids = np.arange(sizes.sum(), dtype=np.uint32)
-        flat = FlatTargets(ids=ids, values=ids, sizes=sizes, rounds=1)
-        numpy, fast = both_ways(decode_inputs, encode_ints([values]), flat, len(supervised), supervised)
-        assert numpy == fast
-        taken += not isinstance(fast, str)
-    assert 100 < taken < 500, "both kinds are there"
-
-
 def test_counts_whose_sum_has_59_bits_are_refused():
     """A million steps of a million each."""
     many = 10**6
@@ -322,19 +298,20 @@ def test_no_hostile_list_leads_out_of_bounds():
             fast.split.py_func(classes, data, 4, *settings, starts, heads, seen, 1, tokens)
             end = int(rng.integers(-1, size + 2))
             fast.ints.py_func(classes, data, end, first, guarded(values, np.uint32))
-        for values, sizes, supervised in hostile_slots(400):
-            ids = guarded(rng.integers(0, 30, max(0, int(sizes.sum()) + int(rng.integers(-1, 2)))), np.uint32)
-            supervised, tokens = guarded(supervised, bool), guarded(np.zeros(len(supervised)), np.uint32)
-            fast.inputs.py_func(guarded(values, np.uint32), ids, guarded(sizes, np.int64), supervised, tokens)
-            fast.renumber.py_func(guarded(range(29), np.uint32), ids)
-            fast.tally.py_func(ids, guarded(np.zeros(29), np.int64))
-            room = [guarded(np.zeros((len(supervised), 2)), dtype) for dtype in (np.int64, np.float32)]
-            fast.pad.py_func(ids, guarded(ids, np.float32), guarded(sizes, np.int64), supervised, *room)
+    for _ in range(400):
+        supervised = rng.random(rng.integers(1, 9)) < 0.7
+        sizes = rng.integers(1, 4, max(0, int(supervised.sum()) + int(rng.integers(-1, 2))))
+        ids = guarded(rng.integers(0, 30, max(0, int(sizes.sum()) + int(rng.integers(-1, 2)))), np.uint32)
+        array_kernels.renumber.py_func(guarded(range(29), np.uint32), ids)
+        array_kernels.tally.py_func(ids, guarded(np.zeros(29), np.int64))
+        room = [guarded(np.zeros((len(supervised), 2)), dtype) for dtype in (np.int64, np.float32)]
+        masks = guarded(supervised, bool)
+        array_kernels.pad.py_func(ids, guarded(ids, np.float32), guarded(sizes, np.int64), masks, *room)
 
 
 def test_no_targets_lead_the_encoder_out_of_bounds():
     """The encoder's loops likewise: rows that fit, and rows with one thing wrong."""
-    fast, rng, sound = compiled.load(), np.random.default_rng(4), 0
+    rng, sound = np.random.default_rng(4), 0
     for _ in range(300):
         length = int(rng.integers(0, 9))
         supervised = rng.random(length) < 0.7
@@ -350,7 +327,9 @@ def test_no_targets_lead_the_encoder_out_of_bounds():
         tokens = guarded(rng.integers(0, 31 if rng.random() < 0.1 else 30, length), np.uint32)
         keys, wanted = guarded(np.zeros(entries), np.uint32), guarded(np.zeros(positions), np.uint64)
         spelled, seen = guarded(np.zeros(length), np.uint32), guarded(np.zeros(30), np.uint32)
-        found = fast.sort_keys.py_func(*(*row, tokens, supervised, table, 7, 30, 5, 2, seen, 1, keys, wanted, spelled))
+        found = encode_kernels.sort_keys.py_func(
+            *(*row, tokens, supervised, table, 7, 30, 5, 2, seen, 1, keys, wanted, spelled)
+        )
         if found[0] < 0:
             continue
         telling, filled, multiple = found
@@ -362,7 +341,7 @@ def test_no_targets_lead_the_encoder_out_of_bounds():
         room = [guarded(np.zeros(total + more), np.uint8) for more in (0, 1, 1)]
         values, sound = guarded(np.zeros(total), np.uint32), sound + 1
         with np.errstate(over="ignore"):
-            low, second = fast.streams.py_func(
+            low, second = encode_kernels.streams.py_func(
                 *(keys, sizes, wanted, spelled[:telling], filled, multiple, 7, 5, int(length > 0), values, *room)
             )
         assert (low, second) == ((0, 0) if entries else (-1, -1))
@@ -423,4 +402,4 @@ def test_without_a_place_for_its_code_each_process_compiles(monkeypatch):
     from numba.core import caching, types
 
     monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
-    assert compiled.load().compiled_for(types.int64)(lambda x: x + 1)(41) == 42
+    assert array_kernels.compiled_for(types.int64)(lambda x: x + 1)(41) == 42

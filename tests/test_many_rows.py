@@ -27,6 +27,7 @@ from sparsekd.shard import ShardReader, write_shard
 
 if compiled.load() is None:
     pytest.skip("needs the extra fast", allow_module_level=True)
+from sparsekd import array_kernels
 
 
 @pytest.fixture(autouse=True)
@@ -183,10 +184,10 @@ def test_joined_counts_are_padded_as_rows_are(seed, share, rounds):
 
 
 def test_other_targets_are_left_to_pad_rows(monkeypatch):
-    """Weights, scales, arrays that do not fit together, strides, and more than 2 GiB."""
+    """Scales, arrays that do not fit together, strides, and more than 2 GiB."""
     flat, supervised = draws(np.random.default_rng(0), 4, 50, 7), np.ones((2, 2), bool)
     assert pad_joined(flat, supervised) is not None
-    assert pad_joined(replace(flat, values=flat.weights, rounds=None), supervised) is None
+    assert pad_joined(replace(flat, values=flat.weights.astype(np.float64), rounds=None), supervised) is None
     assert pad_joined(replace(flat, scale=np.ones(4)), supervised) is None
     assert pad_joined(flat, np.ones((2, 3), bool)) is None
     assert pad_joined(flat, np.ones((1, 3), bool)) is None
@@ -220,14 +221,24 @@ def test_no_hostile_batch_leads_out_of_bounds(monkeypatch):
             addresses, data = guarded(rng.integers(0, 2, 2), np.int64), rng.integers(0, 256, 2 * (4 + lows))
             found = fast.split_rows.py_func(
                 *(guarded(span, np.int64), guarded([*classes, *classes], np.uint8), guarded(data, np.uint8)),
-                *(guarded(FIRST, np.uint32), 7, 30, masks, addresses, starts, heads, guarded(np.zeros(30), np.uint32)),
-                *(1, tokens, *numbers, sizes),
+                *(
+                    guarded(FIRST, np.uint32),
+                    7,
+                    30,
+                    masks,
+                    addresses,
+                    (starts, heads),
+                    guarded(np.zeros(30), np.uint32),
+                ),
+                *(1, tokens, (*numbers, sizes)),
             )
             taken += found >= 0
             arrays = [guarded(np.zeros((2, len(mask), 3)), dtype) for dtype in (np.int64, np.float32)]
-            fast.pad_counts.py_func(*numbers, sizes, 7, masks, *arrays)
+            array_kernels.pad_counts.py_func(*numbers, sizes, 7, masks, *arrays)
             few = guarded(rng.integers(-1, 5, positions), np.int64)
-            fast.pad_counts.py_func(*numbers, few, 7, guarded(masks[:1, 1:], bool), *(a[:1, 1:] for a in arrays))
+            array_kernels.pad_counts.py_func(
+                *numbers, few, 7, guarded(masks[:1, 1:], bool), *(a[:1, 1:] for a in arrays)
+            )
     assert 50 < taken < 350, "both kinds are there"
 
 
