@@ -21,10 +21,11 @@ from sparsekd.codec import CODECS, CURVES, IMPORTANCE, FlatTargets, Importance, 
 from sparsekd.errors import MismatchError, ModelError
 from sparsekd.fused_chunks import workspace
 from sparsekd.fused_parallel import VocabularyShard
+from sparsekd.inversion import refuse
 from sparsekd.packed import PackedBatch, RowsReader
 from sparsekd.position_budget import entropies, inclusion, law_of
 from sparsekd.rng import Keys
-from sparsekd.samplers import ORDERED, SAMPLERS, ImportanceDraws, in_vocabulary, sample, sample_importance
+from sparsekd.samplers import ORDERED, SAMPLERS, ImportanceDraws, draw, draw_importance, in_vocabulary, settled
 from sparsekd.sketch import TeacherSketch, teacher_sketch
 from sparsekd.targets import SparseTargets
 from sparsekd.tensor_parallel import own_rows
@@ -106,14 +107,20 @@ class Teacher:
     def _read(self, input_ids_BL: np.ndarray, supervised_BL: np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of the supervised positions: row, position, what the head reads, and the token that came next."""
         device = next(self.model.parameters()).device
-        ids = torch.from_numpy(input_ids_BL.astype(np.int64)).to(device)
-        wanted = torch.from_numpy(supervised_BL[:, 1:].astype(bool)).to(device)
+        ids = _sent(input_ids_BL.astype(np.int64), device)
+        # Found on the host: on a device, this batch's forward would begin when all that was asked for before has ended.
+        rows, positions = (_sent(each, device) for each in supervised_BL[:, 1:].nonzero())
         if self.head.weight_VH is None:
             hidden = self.model(input_ids=ids, use_cache=False).logits
         else:
             hidden = heads.body_of(self.model)(input_ids=ids, use_cache=False).last_hidden_state
-        rows, positions = wanted.nonzero(as_tuple=True)
         return rows, positions, hidden[rows, positions], ids[rows, positions + 1]
+
+
+def _sent(array: np.ndarray, device: torch.device) -> Tensor:
+    """The array on a device, by a copy that nothing waits for (pinned memory is kept until it is through)."""
+    here = torch.from_numpy(array)
+    return here if device.type == "cpu" else here.pin_memory().to(device, non_blocking=True)
 
 
 def _draw_for(codec: dict[str, Any], order_V: Tensor | None, shard: VocabularyShard | None) -> Callable[..., Part]:
@@ -121,14 +128,14 @@ def _draw_for(codec: dict[str, Any], order_V: Tensor | None, shard: VocabularySh
     every position of a batch wait on the device for the codec."""
 
     def targets(logits_CV: Tensor, tokens_C: Tensor, name: str, **settings: Any) -> SparseTargets:
-        found = sample(logits_CV, name, shard=shard, **settings)
+        found = draw(logits_CV, name, shard=shard, **settings)
         found = found if order_V is None else in_vocabulary(found, order_V)
         return SparseTargets(ids=found.ids.to(torch.int32), weights=found.weights)
 
     def unweighed(
         logits_CV: Tensor, tokens_C: Tensor, name: str, *, normalize: bool, **settings: Any
     ) -> ImportanceDraws:
-        found = sample_importance(logits_CV, name, shard=shard, **settings)
+        found = draw_importance(logits_CV, name, shard=shard, **settings)
         found = found if order_V is None else in_vocabulary(found, order_V)
         ids, counts = found.ids.to(torch.int32), found.counts.to(torch.int32)
         return replace(found, ids=ids, counts=counts, log2_p=found.log2_p.float())
@@ -271,13 +278,17 @@ def flat_rows(drawn: Drawn, supervised_BL: np.ndarray, codec: dict[str, Any]) ->
 
 
 def _flat(part: Part, codec: dict[str, Any]) -> FlatTargets:
+    """On the host, where what `draw` left unread is looked at: logits that were not finite are refused here."""
     if isinstance(part, TeacherSketch):
+        if bool((bad_N := part.log_p.isnan()).any()):
+            refuse(bad_N)
         return FlatTargets(
             ids=part.tokens.cpu().numpy().astype(np.uint32),
             values=part.log_p.exp().float().cpu().numpy(),
             sizes=np.ones(len(part.tokens), np.int64),
             curve=part.curve.masses.float().cpu().numpy(),
         )
+    part = settled(part)
     ids, rounds = part.ids.cpu().numpy(), codec.get("rounds")
     if isinstance(part, SparseTargets):
         return FlatTargets.from_padded(ids, _values(part.weights, rounds), rounds)

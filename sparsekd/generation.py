@@ -19,6 +19,7 @@ from torch import Tensor
 from sparsekd import vocab
 from sparsekd.corpus import Document
 from sparsekd.errors import RecipeError
+from sparsekd.inversion import running_sums
 from sparsekd.rng import Keys
 
 
@@ -114,7 +115,7 @@ def respond(
 
 def invert(logits_BV: Tensor, uniforms_B: Tensor) -> Tensor:
     """[B] the first id whose cumulative softmax exceeds the uniform in [0, 1); float64, as 128k tails ask for."""
-    mass_BV = logits_BV.double().softmax(-1).cumsum(-1)
+    mass_BV = running_sums(logits_BV.double().softmax(-1))
     total_B1 = mass_BV[:, -1:].contiguous()
     drawn_B1 = torch.searchsorted(mass_BV, uniforms_B[:, None].double() * total_B1, right=True)
     # A product that rounds up to the total would fall behind the last id with any probability.

@@ -51,14 +51,13 @@ def merge_draws(ids_NR: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def merge_ascending(drawn: Tensor) -> tuple[Tensor, Tensor]:
-    """`merge_draws` of ids that ascend in each row already."""
+    """`merge_draws` of ids that ascend in each row already, [N, R]: columns that are padding throughout stay, for an
+    accelerator would have to be asked which they are (`samplers.settled` does)."""
     first = torch.ones_like(drawn)
     first[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
     slot = first.cumsum(-1) - 1
     counts = torch.zeros_like(drawn).scatter_add_(-1, slot, torch.ones_like(drawn))
-    ids = torch.zeros_like(drawn).scatter_(-1, slot, drawn)
-    width = int(slot[:, -1].max()) + 1 if len(slot) else 1
-    return ids[:, :width], counts[:, :width]
+    return torch.zeros_like(drawn).scatter_(-1, slot, drawn), counts
 
 
 def ids_at(logits_NV: Tensor, points_NR: Tensor) -> Tensor:
@@ -69,19 +68,24 @@ def ids_at(logits_NV: Tensor, points_NR: Tensor) -> Tensor:
     points fall into it: a sharp row's 50 points share a few blocks.
 
     Returns:
-        [N, R] int64, ascending in each row.
-
-    Raises:
-        ModelError: logits that are NaN or +inf, or -inf throughout a row.
+        [N, R] int64, ascending in each row; any ids in a row whose `block_masses` are NaN.
     """
     return ids_in(logits_NV, block_masses(logits_NV), points_NR)
 
 
 def ids_in(logits_NV: Tensor, masses: Tensor, points_NR: Tensor, temperature: float = 1.0) -> Tensor:
     """`ids_at` of q ∝ p^temperature, whose [N, blocks] masses are given (`block_masses` or `tilted_masses`)."""
-    block, fraction = locate(masses.cumsum(-1), points_NR)
+    block, fraction = locate(running_sums(masses), points_NR)
     first = torch.arange(len(block), device=block.device)[:, None] * masses.shape[1]
     return ids_within(logits_NV, (first + block).flatten(), fraction.flatten(), temperature).view_as(block)
+
+
+def running_sums(values_NK: Tensor) -> Tensor:
+    """`values.cumsum(-1)` in float64. A single row is added up as one of several: CUDA's sums of one row alone are cut
+    into parts that join in the order in which they finish."""
+    if len(values_NK) != 1:
+        return values_NK.cumsum(-1, dtype=torch.float64)
+    return values_NK.expand(2, -1).cumsum(-1, dtype=torch.float64)[:1]
 
 
 def ids_within(logits_NV: Tensor, block_P: Tensor, fraction_P: Tensor, temperature: float = 1.0) -> Tensor:
@@ -91,8 +95,13 @@ def ids_within(logits_NV: Tensor, block_P: Tensor, fraction_P: Tensor, temperatu
     """
     opens = torch.ones_like(block_P, dtype=torch.bool)
     torch.ne(block_P[1:], block_P[:-1], out=opens[1:])
-    running = _running_masses(tilted(_block_logits(logits_NV, block_P[opens]), temperature))
-    return block_P % _blocks(logits_NV) * BLOCK + _offsets(running, opens.cumsum(0) - 1, fraction_P)
+    opened_P = opens.cumsum(0) - 1
+    if block_P.device.type == "cpu":
+        block_O = block_P[opens]
+    else:  # O is not known there without waiting: P blocks, those behind the last one for nothing
+        block_O = torch.zeros_like(block_P).scatter_(0, opened_P, block_P)
+    running = _running_masses(tilted(_block_logits(logits_NV, block_O), temperature))
+    return block_P % _blocks(logits_NV) * BLOCK + _offsets(running, opened_P, fraction_P)
 
 
 def _offsets(running_OB: Tensor, opened_P: Tensor, fraction_P: Tensor) -> Tensor:
@@ -116,30 +125,25 @@ def _offsets(running_OB: Tensor, opened_P: Tensor, fraction_P: Tensor) -> Tensor
 
 
 def block_masses(logits_NV: Tensor) -> Tensor:
-    """[N, blocks] float64: the probability of each block of `BLOCK` ids; the last block may be shorter."""
+    """[N, blocks] float64: the probability of each block of `BLOCK` ids; the last block may be shorter. NaN in a row
+    whose logits hold NaN or +inf, or nothing above -inf."""
     if _kernel_on(logits_NV):
-        return _finite(kernel_masses(logits_NV)[0])
+        return kernel_masses(logits_NV)[0]
     masses = _no_masses(logits_NV)
     for rows, p in _softmaxes(logits_NV):
         _sum_blocks(p, masses[rows])
-    return _finite(masses)
+    return masses
 
 
 def tilted_masses(logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """`block_masses` of q ∝ p^temperature, and [N] float64 log2 Σ exp(temperature (z - max z)), which normalises it."""
-    masses, log2_total = unchecked_masses(logits_NV, temperature)
-    return _finite(masses), log2_total
-
-
-def unchecked_masses(logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """`tilted_masses`, which are NaN in a row whose logits hold NaN or +inf, or nothing above -inf."""
     if temperature and _kernel_on(logits_NV):
         return kernel_masses(logits_NV, temperature)
     return torch_masses(logits_NV, temperature)
 
 
 def torch_masses(logits_NV: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """`unchecked_masses` by torch's softmax."""
+    """`tilted_masses` by torch's softmax."""
     masses, largest = _no_masses(logits_NV), torch.empty(len(logits_NV), dtype=torch.float64, device=logits_NV.device)
     for rows, q in _softmaxes(logits_NV, temperature):
         _sum_blocks(q, masses[rows])
@@ -148,7 +152,7 @@ def torch_masses(logits_NV: Tensor, temperature: float = 1.0) -> tuple[Tensor, T
 
 
 def kernel_masses(logits_NV: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """`unchecked_masses` from one read of the logits (`inversion_triton`), for a temperature above 0."""
+    """`tilted_masses` from one read of the logits (`inversion_triton`), for a temperature above 0."""
     from sparsekd.inversion_triton import peaks_and_sums
 
     peaks, sums = peaks_and_sums(logits_NV, temperature, BLOCK)
@@ -205,12 +209,6 @@ def _sum_blocks(p_NV: Tensor, masses: Tensor) -> None:
         masses[:, -1] = p_NV[:, whole:].sum(-1)
 
 
-def _finite(masses: Tensor) -> Tensor:
-    if not bool(torch.isfinite(masses.sum())):
-        refuse(~torch.isfinite(masses).all(-1))
-    return masses
-
-
 def tilted(logits: Tensor, temperature: float) -> Tensor:
     """temperature * logits, in place; 0 * -inf is -inf here: q's support is p's, so a uniform proposal (temperature 0)
     leaves out ids that are masked."""
@@ -222,7 +220,8 @@ def locate(cumulative: Tensor, points_NR: Tensor) -> tuple[Tensor, Tensor]:
     """[N, R] the block that holds each point, and how far into the block's mass it lies, in [0, 1)."""
     total = cumulative[:, -1:]
     point = _below(points_NR * total, total)
-    block = torch.searchsorted(cumulative, point, right=True)
+    # Beyond the last block only where masses are NaN, which whoever reads the draws refuses.
+    block = torch.searchsorted(cumulative, point, right=True).clamp_(max=cumulative.shape[1] - 1)
     upper = cumulative.gather(-1, block)
     lower = cumulative.gather(-1, (block - 1).clamp_(min=0)).masked_fill_(block == 0, 0)
     return block, (point - lower) / (upper - lower)
@@ -251,7 +250,7 @@ def invert(mass: Tensor, uniforms_NR: Tensor) -> Tensor:
     the ids of the tail without any interval (TV up to 1e-3; bf16 0.6), this one is within 1e-6 of the float64 law.
     The readable twin of `ids_at`.
     """
-    block, fraction = locate(block_sums(mass).cumsum(-1), uniforms_NR)
+    block, fraction = locate(running_sums(block_sums(mass)), uniforms_NR)
     row = torch.arange(len(mass), device=mass.device)[:, None] * mass.shape[1]
     inner = mass.flatten(0, 1).index_select(0, (row + block).flatten()).cumsum(-1, dtype=torch.float64)
     total = inner[:, -1:]
@@ -269,12 +268,9 @@ def working_dtype(logits: Tensor) -> torch.dtype:
 
 
 def shifted_logits(logits_NV: Tensor) -> Tensor:
-    """[N, V] logits minus their maximum, in float32 (float64 stays), a fresh buffer."""
-    largest = logits_NV.amax(-1, keepdim=True).to(working_dtype(logits_NV))
-    shifted = (logits_NV - largest).clamp_(min=LOWEST)
-    if not bool(torch.isfinite(shifted.sum())):
-        refuse(~torch.isfinite(largest[:, 0]) | ~torch.isfinite(shifted).all(-1))
-    return shifted
+    """[N, V] logits minus their maximum, in float32 (float64 stays), a fresh buffer; NaN stays, and stands for +inf and
+    for rows of nothing above -inf."""
+    return (logits_NV - logits_NV.amax(-1, keepdim=True).to(working_dtype(logits_NV))).clamp_(min=LOWEST)
 
 
 def stable_top(values_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -286,6 +282,7 @@ def stable_top(values_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def refuse(bad_N: Tensor) -> None:
+    """Raise ModelError about these positions."""
     raise ModelError(
         f"logits are NaN or inf at {int(bad_N.sum())} of {len(bad_N)} positions; "
         "a half-precision overflow in the teacher? try dtype=bfloat16 or dtype=float32"
@@ -325,6 +322,11 @@ def parts_of(logits_NV: Tensor, keys: Keys, row_bytes: int) -> Iterator[tuple[Te
 
 def _budget(logits_NV: Tensor) -> int:
     return CHUNK_BYTES.get(logits_NV.device.type, CHUNK_BYTES["cuda"])
+
+
+def marked(weights_NK: Tensor, masses: Tensor) -> Tensor:
+    """The weights, NaN in rows whose masses are: draws from those mean nothing, and whoever reads the weights sees it."""
+    return weights_NK.masked_fill_(masses.sum(-1, keepdim=True).isnan(), torch.nan)
 
 
 def join_parts(parts: list[tuple[Tensor, Tensor]]) -> SparseTargets:

@@ -97,7 +97,8 @@ def hard_token_weights(
     """
     keep = labels != ignore_index
     score = (targets.weights * (targets.ids == labels[..., None])).sum(-1)
-    cut = score[keep].float().quantile(hard_share) if bool(keep.any()) else score.new_zeros(())
+    # Of the kept ones, without asking an accelerator how many they are; NaN, and nothing is hard, where there are none.
+    cut = score.float().where(keep, torch.nan).nanquantile(hard_share)
     hard = (score <= cut) & keep
     factors = torch.where(hard, float(ratio), 1.0) * keep
     return factors * keep.sum() / factors.sum().clamp(min=1e-12)

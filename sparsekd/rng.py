@@ -25,7 +25,9 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[T
     """Four 32-bit words (as int64) for four counter words (int64, broadcastable) and a 64-bit seed."""
     c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
     even, odd = torch.stack([c2, c0]), torch.stack([c1, c3])
-    factors = torch.tensor(_MULTIPLIERS[::-1], device=even.device).view(2, *[1] * c0.dim())
+    # Filled in on the device: a list is copied there, and the host waits for all that the device has to do before.
+    factors = torch.cat([torch.full((1,), each, device=even.device) for each in _MULTIPLIERS[::-1]])
+    factors = factors.view(2, *[1] * c0.dim())
     key0, key1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(_ROUNDS):
         # Both multiplications at once; int64 wraps at 2^64, which leaves both halves of a 32 x 32 bit product right.

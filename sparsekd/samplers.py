@@ -22,15 +22,18 @@ from sparsekd.fused_parallel import VocabularyShard
 from sparsekd.importance import ImportanceDraws, importance_draws
 from sparsekd.inversion import (
     Points,
+    block_masses,
     block_sums,
     chunks,
     draw_parts,
     even_points,
-    ids_at,
+    ids_in,
     in_blocks,
     independent_points,
     join_parts,
+    marked,
     merge_ascending,
+    refuse,
     shifted_logits,
     stable_top,
     working_dtype,
@@ -46,10 +49,13 @@ __all__ = [
     "check_parameters",
     "count_rounds",
     "default_parameters",
+    "draw",
+    "draw_importance",
     "in_vocabulary",
     "is_unbiased",
     "sample",
     "sample_importance",
+    "settled",
 ]
 
 
@@ -66,8 +72,8 @@ def sample(
 ) -> SparseTargets:
     """Sparse targets for each row of `logits_NV` by the sampler of that name.
 
-    Equals `SAMPLERS[sampler](logits_NV, Keys(seed, rows, positions), **parameters)`; with an order,
-    `in_vocabulary(sample(logits_NV[:, order], ...), order)`.
+    Equals `settled(SAMPLERS[sampler](logits_NV, Keys(seed, rows, positions), **parameters))`; with an order,
+    `in_vocabulary(sample(logits_NV[:, order], ...), order)`. Waits for an accelerator once (`draw` does not).
 
     Args:
         logits_NV: [N, V] teacher logits, any float type.
@@ -87,6 +93,23 @@ def sample(
         ModelError: logits that are NaN or +inf.
         MismatchError: processes whose shards, positions or settings do not fit together.
     """
+    keys = {"seed": seed, "rows": rows, "positions": positions}
+    return settled(draw(logits_NV, sampler, **keys, order=order, shard=shard, **parameters))
+
+
+def draw(
+    logits_NV: Tensor,
+    sampler: str,
+    *,
+    seed: int = 0,
+    rows: Tensor | None = None,
+    positions: Tensor | None = None,
+    order: Tensor | None = None,
+    shard: VocabularyShard | None = None,
+    **parameters: Any,
+) -> SparseTargets:
+    """`sample` without `settled`, for whoever reads the targets later: no accelerator is waited for (but with an order or
+    a shard). Weights are NaN where logits were not finite."""
     check_parameters(sampler, parameters)
     keys = _keys(logits_NV, seed, rows, positions)
     if shard is not None:
@@ -110,6 +133,24 @@ def sample_importance(
 ) -> ImportanceDraws:
     """The draws behind `sample(logits_NV, sampler, ...)` at a temperature that is not 1, before they are weighed: what
     a cache stores so that its reader can choose the weighting. Arguments and errors as in `sample`."""
+    keys = {"seed": seed, "rows": rows, "positions": positions}
+    law = {"rounds": rounds, "temperature": temperature}
+    return settled(draw_importance(logits_NV, sampler, **keys, order=order, shard=shard, **law))
+
+
+def draw_importance(
+    logits_NV: Tensor,
+    sampler: str = "random_sampling",
+    *,
+    rounds: int,
+    temperature: float,
+    seed: int = 0,
+    rows: Tensor | None = None,
+    positions: Tensor | None = None,
+    order: Tensor | None = None,
+    shard: VocabularyShard | None = None,
+) -> ImportanceDraws:
+    """`sample_importance` without `settled`: see `draw`. Entropies are NaN where logits were not finite."""
     check_parameters(sampler, {"rounds": rounds, "temperature": temperature})
     if temperature == 1:
         raise RecipeError("at temperature=1 draws are from p itself and nothing is left to weigh; take sample(...)")
@@ -123,7 +164,28 @@ def sample_importance(
     return drawn if order is None else in_vocabulary(drawn, order)
 
 
-Drawn = TypeVar("Drawn", SparseTargets, ImportanceDraws)
+Drawn = TypeVar("Drawn", bound=SparseTargets | ImportanceDraws)
+
+
+def settled(drawn: Drawn) -> Drawn:
+    """What was drawn without the columns that are padding throughout; waits for an accelerator, once.
+
+    Raises:
+        ModelError: logits were NaN or +inf, or -inf throughout a row.
+    """
+    if isinstance(drawn, SparseTargets):
+        sizes_NK, bad_N = drawn.weights, drawn.weights.sum(-1).isnan()
+    else:
+        sizes_NK, bad_N = drawn.counts, drawn.entropy.isnan()
+    used_K = (sizes_NK != 0).any(0)
+    last = (used_K * torch.arange(1, len(used_K) + 1, device=used_K.device)).amax().clamp(min=1)
+    bad, width = torch.stack([bad_N.sum(), last]).tolist()
+    if bad:
+        refuse(bad_N)
+    ids, sizes_NK = drawn.ids[:, :width], sizes_NK[:, :width]
+    if isinstance(drawn, SparseTargets):
+        return replace(drawn, ids=ids, weights=sizes_NK)
+    return replace(drawn, ids=ids, counts=sizes_NK, log2_p=drawn.log2_p[:, :width])
 
 
 def in_vocabulary(drawn: Drawn, order_V: Tensor) -> Drawn:
@@ -133,7 +195,7 @@ def in_vocabulary(drawn: Drawn, order_V: Tensor) -> Drawn:
     ids, slot = order_V[drawn.ids].masked_fill_(size == 0, len(order_V)).sort(-1)
     ids = ids.masked_fill_(ids == len(order_V), 0)  # padding, which now stands at the end
     if isinstance(drawn, SparseTargets):
-        return SparseTargets(ids=ids, weights=drawn.weights.gather(-1, slot))
+        return replace(drawn, ids=ids, weights=drawn.weights.gather(-1, slot))
     return replace(drawn, ids=ids, counts=drawn.counts.gather(-1, slot), log2_p=drawn.log2_p.gather(-1, slot))
 
 
@@ -214,8 +276,9 @@ def _drawn(
         return draws.targets(normalize=normalize)
     parts = []
     for part_NV, part_keys in draw_parts(logits_NV, keys, rounds):
-        ids, counts = merge_ascending(ids_at(part_NV, points(part_keys, rounds)))
-        parts.append((ids, counts / rounds))
+        masses = block_masses(part_NV)
+        ids, counts = merge_ascending(ids_in(part_NV, masses, points(part_keys, rounds)))
+        parts.append((ids, marked(counts / rounds, masses)))
     return join_parts(parts)
 
 
@@ -244,8 +307,7 @@ def top_p(logits_NV: Tensor, keys: Keys, *, p: float = 0.98, k: int = 100) -> Sp
     targets = top_k(logits_NV, keys, k=k)
     before = targets.weights.cumsum(-1) - targets.weights
     weights = targets.weights * (before < p)
-    width = max(int((weights > 0).sum(-1).max()), 1) if len(weights) else 1
-    return SparseTargets(ids=targets.ids[:, :width] * (weights[:, :width] > 0), weights=weights[:, :width])
+    return SparseTargets(ids=targets.ids * (weights > 0), weights=weights)
 
 
 @torch.no_grad()

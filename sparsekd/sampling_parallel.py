@@ -44,9 +44,10 @@ from sparsekd.inversion import (
     locate,
     merge_ascending,
     refuse,
+    running_sums,
     stable_top,
     tilted,
-    unchecked_masses,
+    tilted_masses,
     working_dtype,
 )
 from sparsekd.rng import Keys
@@ -182,13 +183,13 @@ def shares(logits_NV: Tensor, split: Split, temperatures: tuple[float, ...]) -> 
     """
     own_peak = logits_NV.amax(-1).double()
     impossible = own_peak == -torch.inf  # a share of ids that are all masked: padding of the vocabulary
-    found = [unchecked_masses(logits_NV, each) for each in temperatures]
+    found = [tilted_masses(logits_NV, each) for each in temperatures]
     totals = [log2.masked_fill(impossible, -torch.inf) for _, log2 in found]
     peak_WN, *totals_WN = split.gather(torch.stack([own_peak, *totals])).unbind(1)
     peak = _peak(peak_WN)
     together = []
     for (masses, _), temperature, total_WN in zip(found, temperatures, totals_WN, strict=True):
-        # Rounded as `unchecked_masses` rounds logits: a share is as heavy as its own ids are.
+        # Rounded as `tilted_masses` rounds logits: a share is as heavy as its own ids are.
         tilted_WN = tilted(peak_WN.to(working_dtype(logits_NV), copy=True), temperature).double()
         below_WN = (tilted_WN - tilted_WN.amax(0)).masked_fill_(peak_WN == -torch.inf, 0)
         ends = (total_WN + below_WN / math.log(2)).exp2().T.cumsum(-1)
@@ -212,11 +213,11 @@ def ids_at_split(logits_NV: Tensor, points_NR: Tensor, split: Split, own: Shares
         [N, R] int64, ascending in each row.
     """
     holder, share = locate(own.ends, points_NR)
-    block, fraction = locate(own.masses.cumsum(-1), share)
+    block, fraction = locate(running_sums(own.masses), share)
     first = torch.arange(len(block), device=block.device)[:, None] * own.masses.shape[1]
-    mine = holder == split.place
-    ids = torch.full_like(block, -1, dtype=torch.int32)
-    ids[mine] = (split.start + ids_within(logits_NV, (first + block)[mine], fraction[mine], temperature)).int()
+    # Those of the others' points too, for nothing: an accelerator would have to be asked which the own ones are.
+    found = ids_within(logits_NV, (first + block).flatten(), fraction.flatten(), temperature).view_as(block)
+    ids = (split.start + found).masked_fill_(holder != split.place, -1).int()
     drawn = split.largest(ids).long()
     if bool((drawn < 0).any()):
         raise MismatchError(

@@ -99,7 +99,7 @@ def host_copy(drawn: Drawn) -> Callable[[], Drawn]:
         copied = _mapped(drawn, _to_pinned)
     for each in _tensors(drawn):
         each.record_stream(side)  # its memory is not given away before the copy is through
-    finished = side.record_event()
+    finished = side.record_event(torch.cuda.Event(blocking=True))  # else waiting for it would keep a core busy
 
     def arrived() -> Drawn:
         finished.synchronize()

@@ -116,7 +116,7 @@ def spread(curve: SortedCurve) -> Tensor:
     masses, edges, alone = curve.masses, curve.edges, _alone(curve.edges)
     if alone == len(edges) - 1:
         return masses
-    at = torch.tensor(edges, device=masses.device)
+    at = torch.tensor(edges).to(masses.device, non_blocking=True)
     lengths = at.diff()
     means = (masses / lengths).clamp(min=torch.finfo(masses.dtype).tiny).log()
     middle = ((at[:-1] + at[1:] + 1) / 2).log().to(masses.dtype)  # of the ranks counted from 1
@@ -125,7 +125,8 @@ def spread(curve: SortedCurve) -> Tensor:
     share = (ranks - middle[right - 1]) / (middle[right] - middle[right - 1])
     tail = torch.lerp(means[:, right - 1], means[:, right], share).exp()
     sums = run_sums(tail, tuple(edge - alone for edge in edges[alone:]))
-    scale = (masses[:, alone:] / sums.clamp(min=torch.finfo(masses.dtype).tiny)).repeat_interleave(lengths[alone:], -1)
+    scale = masses[:, alone:] / sums.clamp(min=torch.finfo(masses.dtype).tiny)
+    scale = scale.repeat_interleave(lengths[alone:], -1, output_size=tail.shape[-1])
     return torch.cat([masses[:, :alone], tail * scale], -1)
 
 

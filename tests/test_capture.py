@@ -182,8 +182,8 @@ def test_recompute_is_bit_identical_and_refuses_another_teacher(world, tmp_path)
 
 def test_changing_a_drawn_target_shows_as_drift(world, monkeypatch):
     """recompute can fail: with another seed of the draws nearly all positions differ."""
-    real = drawing.sample
-    monkeypatch.setattr(drawing, "sample", lambda *a, **settings: real(*a, **settings | {"seed": 1}))
+    real = drawing.draw
+    monkeypatch.setattr(drawing, "draw", lambda *a, **settings: real(*a, **settings | {"seed": 1}))
     with skd.CacheReader(world.cache) as reader:
         found = recompute(reader, world.teacher, rows=3, device="cpu")
     assert found["identical"] == 0
