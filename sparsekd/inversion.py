@@ -96,12 +96,14 @@ def ids_within(logits_NV: Tensor, block_P: Tensor, fraction_P: Tensor, temperatu
     opens = torch.ones_like(block_P, dtype=torch.bool)
     torch.ne(block_P[1:], block_P[:-1], out=opens[1:])
     opened_P = opens.cumsum(0) - 1
-    if block_P.device.type == "cpu":
-        block_O = block_P[opens]
-    else:  # O is not known there without waiting: P blocks, those behind the last one for nothing
-        block_O = torch.zeros_like(block_P).scatter_(0, opened_P, block_P)
+    block_O = block_P[opens] if block_P.device.type == "cpu" else _opened_unasked(block_P, opened_P)
     running = _running_masses(tilted(_block_logits(logits_NV, block_O), temperature))
     return block_P % _blocks(logits_NV) * BLOCK + _offsets(running, opened_P, fraction_P)
+
+
+def _opened_unasked(block_P: Tensor, opened_P: Tensor) -> Tensor:
+    """[P] the O blocks that are opened, and behind them block 0 for nothing: no accelerator is asked what O is."""
+    return torch.zeros_like(block_P).scatter_(0, opened_P, block_P)
 
 
 def _offsets(running_OB: Tensor, opened_P: Tensor, fraction_P: Tensor) -> Tensor:
@@ -325,7 +327,7 @@ def _budget(logits_NV: Tensor) -> int:
 
 
 def marked(weights_NK: Tensor, masses: Tensor) -> Tensor:
-    """The weights, NaN in rows whose masses are: draws from those mean nothing, and whoever reads the weights sees it."""
+    """The weights, NaN in rows whose masses are: draws from those mean nothing, and whoever reads weights sees it."""
     return weights_NK.masked_fill_(masses.sum(-1, keepdim=True).isnan(), torch.nan)
 
 

@@ -93,7 +93,7 @@ def sample(
         ModelError: logits that are NaN or +inf.
         MismatchError: processes whose shards, positions or settings do not fit together.
     """
-    keys = {"seed": seed, "rows": rows, "positions": positions}
+    keys: dict[str, Any] = {"seed": seed, "rows": rows, "positions": positions}
     return settled(draw(logits_NV, sampler, **keys, order=order, shard=shard, **parameters))
 
 
@@ -108,8 +108,8 @@ def draw(
     shard: VocabularyShard | None = None,
     **parameters: Any,
 ) -> SparseTargets:
-    """`sample` without `settled`, for whoever reads the targets later: no accelerator is waited for (but with an order or
-    a shard). Weights are NaN where logits were not finite."""
+    """`sample` without `settled`, for whoever reads the targets later: waits for no accelerator (but with an order or a
+    shard). Weights are NaN where logits were not finite."""
     check_parameters(sampler, parameters)
     keys = _keys(logits_NV, seed, rows, positions)
     if shard is not None:
@@ -133,9 +133,8 @@ def sample_importance(
 ) -> ImportanceDraws:
     """The draws behind `sample(logits_NV, sampler, ...)` at a temperature that is not 1, before they are weighed: what
     a cache stores so that its reader can choose the weighting. Arguments and errors as in `sample`."""
-    keys = {"seed": seed, "rows": rows, "positions": positions}
-    law = {"rounds": rounds, "temperature": temperature}
-    return settled(draw_importance(logits_NV, sampler, **keys, order=order, shard=shard, **law))
+    keys: dict[str, Any] = {"seed": seed, "rows": rows, "positions": positions, "order": order, "shard": shard}
+    return settled(draw_importance(logits_NV, sampler, rounds=rounds, temperature=temperature, **keys))
 
 
 def draw_importance(

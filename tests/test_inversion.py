@@ -172,3 +172,22 @@ def test_memory_beside_the_logits_is_a_tenth_of_the_probabilities():
     with Sizes(least=1, given=logits) as sizes:
         skd.sample(logits, "random_sampling", rounds=50)
     assert 2**20 < sizes.made <= 2 * inversion.CHUNK_BYTES["cpu"] < 0.1 * 4 * logits.numel()
+
+
+@pytest.mark.parametrize("vocab_size", [96, 100])
+def test_blocks_that_an_accelerator_opens_unasked_are_the_same(vocab_size):
+    """All that are opened come first, in their order; what stands behind them gives no id."""
+    logits = 3 * torch.randn(6, vocab_size, generator=torch.Generator().manual_seed(5))
+    points = torch.rand(6, 20, generator=torch.Generator().manual_seed(6), dtype=torch.float64).sort(-1).values
+    block = inversion.locate(inversion.block_masses(logits).cumsum(-1), points)[0]
+    block_P = (block + 4 * torch.arange(6)[:, None]).flatten()
+    opens = torch.cat([torch.tensor([True]), block_P[1:] != block_P[:-1]])
+    opened = inversion._opened_unasked(block_P, opens.cumsum(0) - 1)
+    assert torch.equal(opened[: opens.sum()], block_P[opens])
+    assert not opened[opens.sum() :].any()
+
+
+def test_a_single_row_is_added_up_as_one_of_several():
+    values = torch.rand(1, 5000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(inversion.running_sums(values), values.cumsum(-1))
+    assert inversion.running_sums(values[:0]).shape == (0, 5000)

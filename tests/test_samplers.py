@@ -436,9 +436,14 @@ def test_importance_draws_that_are_none_are_refused(settings, words):
         samplers.sample_importance(torch.zeros(1, 10), rounds=5, **settings)
 
 
-def test_nan_logits_are_refused():
-    """A teacher that overflowed is not sampled from."""
-    logits = torch.zeros(4, 10)
-    logits[2, 3] = torch.nan
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+def test_logits_that_are_not_finite_are_refused(sampler, bad):
+    """A teacher that overflowed is not sampled from: `draw` marks the position, whoever reads what it drew refuses."""
+    logits = torch.zeros(4, 100)
+    logits[2, 3] = bad
+    drawn = samplers.draw(logits, sampler)
+    assert drawn.weights.isnan().any(-1).tolist() == [False, False, True, False]
+    assert 0 <= int(drawn.ids.min()) <= int(drawn.ids.max()) < 100
     with pytest.raises(ModelError, match="NaN or inf at 1 of 4 positions"):
-        skd.sample(logits, "random_sampling")
+        skd.sample(logits, sampler)

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 import sparsekd as skd
-from sparsekd import samplers, shard_thread
+from sparsekd import drawing, samplers, shard_thread
 from sparsekd.cache import CacheReader, CacheSpec, CacheWriter
 from sparsekd.codec import codec_spec
 from sparsekd.drawing import Drawn
-from sparsekd.errors import MismatchError
+from sparsekd.errors import MismatchError, ModelError
 from sparsekd.shard_thread import QUEUE_BATCHES, ShardThread, host_copy
+from sparsekd.sketch import teacher_sketch
 
 L, V, ROUNDS = 9, 40, 5
 
@@ -76,3 +77,22 @@ def test_a_failure_of_the_writer_stops_the_run(tmp_path):
     with pytest.raises(MismatchError, match="sum to"):
         run()
     assert writer.missing() == [0]
+
+
+def test_logits_that_are_not_finite_fail_the_run(tmp_path):
+    """Nobody looked at them while they were drawn; the thread that reads them does, and nothing is stored."""
+    rows, drawn = batch()
+    drawn.parts[0].weights[3] = torch.nan
+    with (
+        pytest.raises(ModelError, match="NaN or inf at 1 of 16"),
+        ShardThread(CacheWriter(tmp_path, spec(1)), 0.0) as run,
+    ):
+        run.put(0, range(2), rows, drawn)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_sketch_of_logits_that_are_not_finite_is_refused():
+    logits = torch.zeros(4, V)
+    logits[1, 2] = torch.nan
+    with pytest.raises(ModelError, match="NaN or inf at 1 of 4"):
+        drawing._flat(teacher_sketch(logits, torch.zeros(4, dtype=torch.long)), {})
