@@ -39,7 +39,7 @@ from .folder import (
     check_shard,
     checked_header,
     decode_record,
-    encode_record,
+    encode_records,
     found_specs,
     rebuild_manifest,
     shard_ranks,
@@ -155,7 +155,7 @@ class CacheWriter:
                 f"got {len(given)} records; give exactly its rows"
             )
         ranked = shard_ranks(given, self.spec)
-        encoded = [encode_record(record, self.spec, row, ranked) for row, record in zip(wanted, given, strict=True)]
+        encoded = encode_records(given, self.spec, wanted, ranked)
         stats = sum_stats([each for _, each in encoded])
         header = make_header(self.spec, shard, stats, self.engine | codec_engine(self.spec.codec))
         write_shard(

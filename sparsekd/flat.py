@@ -5,7 +5,7 @@ Shapes: P supervised positions, M entries of all of them, K entries of the longe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -126,7 +126,8 @@ class FlatTargets:
 
     def matches(self, tokens: Array) -> Array:
         """[M] bool: whether an entry's id is the token given for its position; tokens [P]."""
-        return np.repeat(tokens.astype(np.int64), self.sizes) == self.ids
+        found: Array = np.repeat(tokens, self.sizes) == self.ids
+        return found
 
     def take(self, positions: Array) -> FlatTargets:
         """The targets of some positions (integers, in any order, repeats allowed), in that order."""
@@ -146,6 +147,16 @@ class FlatTargets:
             curve=None if self.curve is None else self.curve[chosen],
             scale=None if self.scale is None else self.scale[chosen],
         )
+
+    def parts(self, counts: Array) -> Iterator[FlatTargets]:
+        """The targets of the first counts[0] positions, of the next counts[1], and so on, as views; of counts and
+        weights only, without scales."""
+        ends, first, begin = np.cumsum(self.sizes), 0, 0
+        for last in np.cumsum(counts).tolist():
+            end = int(ends[last - 1]) if last else 0
+            ids, values = self.ids[begin:end], self.values[begin:end]
+            yield FlatTargets(ids=ids, values=values, sizes=self.sizes[first:last], rounds=self.rounds)
+            first, begin = last, end
 
     @classmethod
     def join(cls, parts: Sequence[FlatTargets]) -> FlatTargets:

@@ -91,12 +91,29 @@ def expected_row_bytes(sample: Sequence[RowRecord], codec: Json, shard_rows: int
     return sum(map(len, blocks)) / len(sample) + (len(ranked.table) / shard_rows if ranked else 0) + index
 
 
-def encode_record(record: RowRecord, spec: CacheSpec, row: int, ranked: IdRanks | None = None) -> tuple[ShardRow, Json]:
-    """The row as bytes and its statistics, counted on what a reader will get back.
+def encode_records(
+    records: Sequence[RowRecord], spec: CacheSpec, rows: Sequence[int], ranked: IdRanks | None = None
+) -> list[tuple[ShardRow, Json]]:
+    """Each row as bytes and its statistics, counted on what a reader will get back.
 
     Raises:
-        MismatchError: another seq_len, or targets that do not fit the codec; `row` is named.
+        MismatchError: another seq_len, or targets that do not fit the codec; the row is named.
     """
+    found, ids = [], ranked.ids if ranked else None
+    for first in range(0, len(records), _TOGETHER):
+        part = records[first : first + _TOGETHER]
+        blocks = [_encoded(r, spec, row, ranked) for r, row in zip(part, rows[first:], strict=False)]
+        supervised = np.stack([record.supervised.astype(bool) for record in part])
+        decoded = _decoded(blocks, supervised, spec, ids)
+        for record, block, mask, (input_ids, targets) in zip(part, blocks, supervised, decoded, strict=True):
+            starts = record.starts.astype(bool)
+            hash_ = hash_ids(input_ids)
+            stored = ShardRow(block=block, input_hash=hash_, starts=starts, supervised=mask, ids=ids)
+            found.append((stored, row_stats(input_ids, targets, mask, len(block))))
+    return found
+
+
+def _encoded(record: RowRecord, spec: CacheSpec, row: int, ranked: IdRanks | None) -> bytes:
     for name in ("input_ids", "starts", "supervised"):
         shape = getattr(record, name).shape
         if shape != (spec.seq_len,):
@@ -106,14 +123,20 @@ def encode_record(record: RowRecord, spec: CacheSpec, row: int, ranked: IdRanks 
             )
     supervised = record.supervised.astype(bool)
     try:
-        block = encode_row(record.input_ids, record.targets, supervised, spec.codec, ranked.ranks if ranked else None)
+        return encode_row(record.input_ids, record.targets, supervised, spec.codec, ranked.ranks if ranked else None)
     except MismatchError as error:
         raise MismatchError(f"row {row}: {error}") from None
-    ids = ranked.ids if ranked else None
-    input_ids, targets = decode_row(block, spec.seq_len, supervised, spec.codec, ids)
-    starts = record.starts.astype(bool)
-    stored = ShardRow(block=block, input_hash=hash_ids(input_ids), starts=starts, supervised=supervised, ids=ids)
-    return stored, row_stats(input_ids, targets, supervised, len(block))
+
+
+def _decoded(
+    blocks: Sequence[bytes], supervised_BL: Array, spec: CacheSpec, ids: Array | None
+) -> Iterator[tuple[Array, FlatTargets]]:
+    """`decode_row` of each, in memory that the next call writes over where the codec decodes rows together."""
+    together = decode_rows(blocks, supervised_BL, spec.codec, [ids] * len(blocks), scratch)
+    if together is not None:
+        return zip(together[0], together[1].parts(np.count_nonzero(supervised_BL[:, 1:], axis=1)), strict=True)
+    rows = zip(blocks, supervised_BL, strict=True)
+    return (decode_row(block, spec.seq_len, supervised, spec.codec, ids) for block, supervised in rows)
 
 
 def decode_record(row: ShardRow, spec: CacheSpec, where: str) -> RowRecord:

@@ -146,14 +146,15 @@ def short(value: Any) -> str:
 def row_stats(input_ids: Array, targets: FlatTargets, supervised: Array, payload_bytes: int) -> Json:
     """The numbers that a header sums over its rows. next_token_hits is the alignment canary: the positions
     whose true next token is among their ids. With [B, L] ids and masks, the sums of B rows whose targets are joined."""
-    hits = targets.matches(input_ids[..., 1:][supervised[..., 1:]])
+    hits = np.flatnonzero(targets.matches(input_ids[..., 1:][supervised[..., 1:]]))
+    owners = np.searchsorted(np.cumsum(targets.sizes), hits, side="right")
     return {
         "tokens": input_ids.size,
         "positions": len(targets.sizes),
         "pairs": len(targets.ids),
         "payload_bytes": payload_bytes,
         "id_max": int(targets.ids.max(initial=0)),
-        "next_token_hits": int(np.count_nonzero(np.diff(targets.positions[hits], prepend=-1))),
+        "next_token_hits": int(np.count_nonzero(np.diff(owners))) + min(len(owners), 1),
         "next_token_weight": math.fsum(targets.weights[hits].tolist()),
     }
 

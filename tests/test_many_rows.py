@@ -164,6 +164,17 @@ def test_more_than_a_row_may_be_is_read_row_by_row(monkeypatch):
         assert (decode_rows(blocks, supervised, spec_of(300), tables) is not None) == taken
 
 
+@pytest.mark.parametrize("counted", [True, False])
+def test_parts_are_what_was_joined(counted):
+    """Rows without positions among them, first and last."""
+    rng = np.random.default_rng(0)
+    rows = [draws(rng, positions, 50, 7) for positions in (0, 3, 0, 1, 5, 0)]
+    rows = rows if counted else [replace(row, values=row.weights, rounds=None) for row in rows]
+    found = FlatTargets.join(rows).parts(np.array([len(row.sizes) for row in rows]))
+    for one, other in zip(found, rows, strict=True):
+        assert_same((one.sizes, one), (other.sizes, other))
+
+
 # --- padding ----------------------------------------------------------------------------------------------
 
 
