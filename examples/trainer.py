@@ -11,5 +11,5 @@ model = skd.attach_sparse_kd(AutoModelForCausalLM.from_pretrained(student))
 args = TrainingArguments(
     out, train_sampling_strategy="sequential", remove_unused_columns=False, max_steps=20, logging_steps=5
 )
-data = skd.CacheDataset(skd.CacheReader(cache), seed=0)  # shuffled by (seed, epoch), not by the sampler
+data = skd.CacheDataset(cache, seed=0)  # shuffled by (seed, epoch), not by the sampler
 Trainer(model, args, train_dataset=data, data_collator=skd.SparseKDCollator()).train()

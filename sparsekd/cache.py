@@ -226,6 +226,11 @@ class CacheReader:
     def __len__(self) -> int:
         return self.spec.rows
 
+    def __repr__(self) -> str:
+        spec = self.spec
+        made = f"sampler={spec.sampler['name']}, codec={spec.codec['name']}"
+        return f"CacheReader({self.path!r}: {spec.rows:,} rows of {spec.seq_len:,} tokens, {made})"
+
     def __getitem__(self, index: int) -> Row:
         """Row `index`, like a list: negative indices count from the end, IndexError outside."""
         index = self._index(index)

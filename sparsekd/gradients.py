@@ -58,9 +58,9 @@ def gradient_geometry(
         logits = learner(input_ids=tokens).logits[:, :-1].flatten(0, 1)
         losses = {"FullKD": skd.full_kl(logits, wanted, reduction="sum")}
         for name, (sampler, parameters_of) in methods.items():
-            keys = {"rows": torch.full((len(wanted),), start), "positions": torch.arange(len(wanted)), "seed": seed}
+            keys: dict[str, Any] = {"rows": torch.full((len(wanted),), start), "positions": torch.arange(len(wanted))}
             order = order_V if sampler in ORDERED else None
-            targets = skd.sample(wanted, sampler, **keys, order=order, **parameters_of)
+            targets = skd.sample(wanted, sampler, seed=seed, **keys, order=order, **parameters_of)
             losses[name] = skd.sparse_kl(logits, targets, reduction="sum")
             ids[name] += float((targets.weights > 0).sum())
         for name, loss in losses.items():

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -170,7 +171,7 @@ def _self_normalised(seed: int) -> tuple[float, int]:
     return _deviations(seed, temperature=0.5, normalize=True)
 
 
-def _deviations(seed: int, draws: int = 40_000, **parameters: float | bool) -> tuple[float, int]:
+def _deviations(seed: int, draws: int = 40_000, **parameters: Any) -> tuple[float, int]:
     """The mean gradient of sampled targets against full KD's, in standard errors: the largest over ids and cases."""
     # Every id is drawn hundreds of times, or its mean would be no normal deviate.
     logits, teacher = _distributions(seed, cases=3, sharpest=1.5)

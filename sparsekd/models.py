@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -239,10 +240,14 @@ def check_context(model: Any, seq_len: int, whose: str) -> None:
 
 
 def check_own_tokenizer(model: str, wanted: str, whose: str, way_out: str) -> None:
-    """Refuse a model that comes with another tokenizer; one that comes without any is let through."""
+    """Refuse a model that comes with another tokenizer; one that comes without any is let through.
+
+    A PEFT adapter that comes without any has its base model's.
+    """
     folder = Path(model)
     if folder.is_dir() and not any(folder.glob("tokenizer*")):
-        return
+        base = _base_of_adapter(folder)
+        return None if base is None else check_own_tokenizer(base, wanted, f"{whose} {model} over", way_out)
     try:
         tokenizer = vocab.load_tokenizer(model)
     except SparseKDError:
@@ -253,6 +258,22 @@ def check_own_tokenizer(model: str, wanted: str, whose: str, way_out: str) -> No
             f"tokenizer differs: the rows were made with {wanted[:12]}, {whose} {model} comes with {found[:12]}; "
             f"{way_out}"
         )
+
+
+def _base_of_adapter(folder: Path) -> str | None:
+    """The model that a PEFT adapter was made for, as transformers will look for it; None for a folder of another kind.
+
+    Raises:
+        ModelError: an adapter_config.json that cannot be read.
+    """
+    path = folder / "adapter_config.json"
+    if not path.exists():
+        return None
+    try:
+        base: str | None = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"{path} cannot be read: {error}; save the adapter again") from error
+    return base
 
 
 def describe(model: Any, name: str) -> dict[str, Any]:

@@ -94,6 +94,9 @@ class RowsReader:
     def __len__(self) -> int:
         return self._rows
 
+    def __repr__(self) -> str:
+        return f"RowsReader('{self.path}', {self.split!r}: {self._rows:,} rows of {self.seq_len:,} tokens)"
+
     def __getitem__(self, index: int) -> PackedRow:
         if not -self._rows <= index < self._rows:
             raise IndexError(f"row {index} of {self._rows} rows")

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -170,8 +171,9 @@ class CacheDataset(torch.utils.data.Dataset):
     """A cache (or rows) as a map-style dataset in a stateless shuffled order.
 
     Item i of an epoch is row `permute(i, len, seed, epoch)`: the order hangs on (seed, epoch) alone, so the state of a
-    run is one integer. Use it with a sequential sampler; `set_epoch` is called by Trainer and accelerate. `limit` keeps
-    the first rows only. `multiple_of` (the rows of one optimizer step) ends each epoch with a whole step: the rows left
+    run is one integer. Use it with a sequential sampler; `set_epoch` is called by Trainer and accelerate, in a loop of
+    your own by you (worker processes that stay hear of it too). `rows` may be a cache's path. `limit` keeps the first
+    rows only. `multiple_of` (the rows of one optimizer step) ends each epoch with a whole step: the rows left
     over are others in every epoch, and an epoch has as many steps for any split of a step into batches and processes.
 
     A data loader without worker processes finds the next batch read already (`read_ahead`): give it none. Once a
@@ -180,24 +182,37 @@ class CacheDataset(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        rows: CacheReader | Any,
+        rows: CacheReader | Any | str | Path,
         *,
         seed: int = 0,
         shuffle: bool = True,
         limit: int | None = None,
         multiple_of: int = 1,
     ) -> None:
-        self.rows = rows
+        self.rows = CacheReader(rows) if isinstance(rows, str | Path) else rows
         self.seed = seed
         self.shuffle = shuffle
-        self.size = len(rows) if limit is None else min(limit, len(rows))
+        self.size = len(self.rows) if limit is None else min(limit, len(self.rows))
         self.multiple_of = multiple_of
-        self.epoch = 0
+        # Shared memory: else persistent workers would read the first epoch's order for ever.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self.collator: SparseKDCollator | None = None  # that asked for a batch, last
         self._read_ahead = ReadAhead()
 
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
+
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        self._epoch.fill_(epoch)
+
+    def __repr__(self) -> str:
+        order = f"seed={self.seed}, epoch={self.epoch}" if self.shuffle else "in order"
+        return f"CacheDataset({len(self):,} rows, {order}, of {self.rows!r})"
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._epoch.share_memory_()
 
     def __len__(self) -> int:
         return self.size - self.size % self.multiple_of

@@ -303,7 +303,7 @@ def test_repacked_rows_are_refused(world, tmp_path):
 
 
 def test_a_teacher_that_does_not_fit_is_refused(world, tmp_path):
-    """Too few logits, another tokenizer, a short context, no model at all: named with both values, before any row."""
+    """Too few logits, another tokenizer (an adapter's base's too), a short context, no model: named, before any row."""
     torch.manual_seed(0)
     models.new_student("tiny", vocab_size=200, seq_len=SEQ_LEN).save_pretrained(tmp_path / "narrow")
     with pytest.raises(MismatchError, match=r"tokenizer has 300 tokens, teacher .* makes 200 logits"):
@@ -318,6 +318,12 @@ def test_a_teacher_that_does_not_fit_is_refused(world, tmp_path):
     train_tokenizer(["Quick zebras jump over vexing walls. " * 50], 300).save_pretrained(tmp_path / "foreign")
     with pytest.raises(MismatchError, match=r"tokenizer differs: the rows were made with .* comes with"):
         run(world, tmp_path / "c", teacher=str(tmp_path / "foreign"))
+    import peft
+
+    base = models.open_model(str(tmp_path / "foreign"))
+    peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(MismatchError, match=r"tokenizer differs: .* teacher .*adapter over .*foreign comes with"):
+        run(world, tmp_path / "c", teacher=str(tmp_path / "adapter"))
     with pytest.raises(ModelError, match="the folder does not exist"):
         run(world, tmp_path / "c", teacher=str(tmp_path / "nowhere"))
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -54,6 +56,20 @@ def test_the_measure_sees_heavy_packages():
 def test_importing_sparsekd_takes_no_time():
     """Below a fifth of a second, whatever is installed beside it (the best of three: the machine is shared)."""
     assert min(pulled_in("import sparsekd")[0] for _ in range(3)) < 0.2
+
+
+def test_type_checkers_see_the_public_names():
+    """What is imported for them alone is each lazy name from its home: completion and types in an editor."""
+    tree = ast.parse(Path(sparsekd.__file__).read_text())
+    shown = [
+        (name.asname, name.name, node.module)
+        for branch in tree.body
+        if isinstance(branch, ast.If)
+        for node in branch.body
+        if isinstance(node, ast.ImportFrom)
+        for name in node.names
+    ]
+    assert sorted(shown) == sorted((name, name, f"sparsekd.{home}") for name, home in sparsekd._HOME.items())
 
 
 def test_help_needs_no_torch():

@@ -223,6 +223,16 @@ def test_a_dataset_goes_to_worker_processes(cache):
     ]
 
 
+def test_workers_that_stay_hear_of_the_next_epoch(cache):
+    """With persistent workers, each epoch comes in its own order, also from an unpickled copy."""
+    dataset = pickle.loads(pickle.dumps(skd.CacheDataset(cache, seed=2)))
+    loader = torch.utils.data.DataLoader(dataset, batch_size=5, num_workers=1, persistent_workers=True, collate_fn=list)
+    for epoch in (0, 1, 5):
+        dataset.set_epoch(epoch)
+        wanted = [dataset.row_number(index) for index in range(len(dataset))]
+        assert [row.index for batch in loader for row in batch] == wanted
+
+
 @pytest.mark.parametrize("size", [1, 700, 1024, 2500])
 def test_neighbours_stand_where_they_stand_alone(size):
     """permute_near is permute: inside a block, across two, out of order, far apart, and outside."""

@@ -303,6 +303,9 @@ def test_the_order_of_rows_hangs_on_seed_and_epoch_alone(world):
         assert [copy.row_number(i) for i in range(len(data))] == second
         assert copy[0].index == second[0]
         assert skd.CacheDataset(reader, shuffle=False)[5].index == 5
+        assert repr(data) == f"CacheDataset({len(data)} rows, seed=3, epoch=1, of {reader!r})"
+        of_path = skd.CacheDataset(world.cache, seed=3)
+        assert [row.index for row in of_path.__getitems__(range(9))] == first[:9]
 
 
 def test_the_family_of_students():
