@@ -35,6 +35,7 @@ from sparsekd.errors import (
 from sparsekd.packed import RowsReader
 from sparsekd.student import RowBatch
 from sparsekd.train import train
+from sparsekd.training_run import last_checkpoint, mean_logged, readable_log
 
 STUDENT = {"family": "tiny", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
 
@@ -200,6 +201,35 @@ def test_half_a_checkpoint_is_passed_over(world, tmp_path):
     run(world, tmp_path / "parts", save_steps=2, callbacks=[Watch()])
     assert steps == [2, 3, 4, 5]
     assert_same_weights(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_the_newest_whole_checkpoint_is_gone_on_with(tmp_path, monkeypatch):
+    """Newest by number, not by name; whole for as many processes as there are now."""
+    assert last_checkpoint(tmp_path) is None
+    for step in (9, 10):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        for name in ("trainer_state.json", "rng_state_0.pth", "rng_state_1.pth")[: 12 - step]:
+            (folder / name).write_text("{}")
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-9")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert last_checkpoint(tmp_path) is None
+
+
+def test_the_log_by_hand():
+    """Three steps of 2 on average and two of 1 are 8/5 a step; what JSON cannot say is None, other entries go."""
+    history = [
+        {"loss": 2.0, "grad_norm": math.inf, "step": 3},
+        {"eval_loss": 7.0, "step": 3},
+        {"loss": 1.0, "grad_norm": 0.5, "step": 5},
+        {"train_runtime": 9.0, "step": 5},
+    ]
+    log = readable_log(history)
+    assert log == [history[0] | {"grad_norm": None}, *history[1:3]]
+    assert mean_logged(log) == pytest.approx(8 / 5, rel=1e-15)
+    assert mean_logged([]) == 0
 
 
 def test_a_finished_run_is_not_trained_again(world, tmp_path):
