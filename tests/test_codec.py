@@ -483,6 +483,25 @@ def test_arrays_that_disagree_are_refused():
         FlatTargets.from_padded(np.array([[-1, 4]]), np.array([[1, 1]]), 2)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"curve": np.ones((2, 3))}, "2 curves, but 1 positions have one entry"),
+        ({"scale": np.ones(3)}, "3 scales, but there are 2 positions"),
+        ({"importance": (2, 2)}, "2 log2_p and 2 entropies with rounds=4, but there are 3 counts of 2 positions"),
+        ({"importance": (3, 3)}, "3 log2_p and 3 entropies with rounds=4"),
+        ({"importance": (3, 2), "rounds": None}, "3 log2_p and 2 entropies with rounds=None"),
+    ],
+)
+def test_arrays_beside_the_entries_have_their_lengths(change, words):
+    if "importance" in change:
+        entries, positions = change["importance"]
+        weighing = Importance(log2_p=-np.ones(entries), entropy=np.ones(positions), temperature=0.5)
+        change = change | {"importance": weighing}
+    with pytest.raises(ValueError, match=words):
+        replace(flat_counts([{4: 3, 5: 1}, {6: 4}], 4), **change)
+
+
 def test_a_position_that_would_blow_up_the_padding_is_refused():
     """65535 entries in one of 4096 positions would pad to 3 GB."""
     sizes = np.zeros(4096, np.int64)

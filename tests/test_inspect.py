@@ -143,12 +143,15 @@ def test_hidden_targets_are_counted(world):
     """Shown targets and the (+n) behind them are all that the position has."""
     with CacheReader(world.cache) as reader:
         row = reader[1]
+    shown = set()
     for line in describe_cache(world.cache, row=1, positions=31).splitlines():
         if not re.match(r"\s+\d+  ['<].*\d\.\d\d", line):
             continue
         p = int(line.split()[0])
+        shown.add(p)
         more = int(m[1]) if (m := re.search(r"\(\+(\d+)\)$", line)) else 0
         assert len(re.findall(r"\d\.\d\d(?= |$)", line)) + more == (row.targets.weights[p] > 0).sum()
+    assert shown == set(np.flatnonzero(row.supervised[1:]))
 
 
 def test_prompts_take_one_line(sft):
