@@ -452,6 +452,31 @@ def test_an_aligned_cache_passes_and_says_so(tmp_path):
     assert shares["shift_minus_1"] < 0.2
 
 
+def test_alignment_by_hand():
+    """Row 5 6 7 8 whose token 7 is not learnt: {6: 1/2, 7: 1/4, 5: 1/4} before 6 and {7: 1} before 8, whose successor
+    is beyond the row. 6 is found (1/2 of two positions); 7 where there is one; 5 and 7 before them."""
+    flat = FlatTargets(
+        ids=np.uint32([6, 7, 5, 7]), values=np.float32([0.5, 0.25, 0.25, 1]), sizes=np.array([3, 1], np.int64)
+    )
+    supervised = np.array([True, True, False, True])
+    row = RowRecord(input_ids=np.uint32([5, 6, 7, 8]), targets=flat, starts=supervised, supervised=supervised)
+
+    class One:
+        def record(self, index):
+            return row
+
+    assert alignment(One(), [0]) == {
+        "positions": 2,
+        "aligned": 1 / 2,
+        "shift_plus_1": 1,
+        "shift_minus_1": 1,
+        "aligned_weight": 1 / 4,
+        "shift_plus_1_weight": 1 / 4,
+        "shift_minus_1_weight": 5 / 8,
+    }
+    assert alignment(One(), [0, 0]) == alignment(One(), [0]) | {"positions": 4}
+
+
 @pytest.mark.parametrize(("shift", "where"), [(1, "after"), (-1, "before")])
 def test_targets_shifted_by_one_are_refused(tmp_path, shift, where):
     """An off-by-one at capture, faithfully recorded in the manifest, still shows."""
