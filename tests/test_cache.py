@@ -485,6 +485,46 @@ def test_targets_shifted_by_one_are_refused(tmp_path, shift, where):
         check_alignment(reader)
 
 
+@pytest.mark.parametrize(
+    ("aligned", "before", "weight", "shifted"),
+    [
+        (4, 20, 0.5, True),
+        (4, 13, 0.5, False),  # not 0.1 more
+        (30, 65, 0.5, True),
+        (30, 55, 0.5, False),  # not twice as many
+        (4, 20, 0.1, False),  # a mean weight of 0.016 more
+    ],
+)
+def test_shifted_is_what_fits_a_neighbour_clearly_better(aligned, before, weight, shifted):
+    """Of 100 positions some have the next token in their set, some the token read, each with a weight: twice as many,
+    0.1 more of them, and 0.02 more in weight are an alarm; less is what honest caches show."""
+    sets = [({p + 1: weight} if p < aligned else {}) | ({p: weight} if p >= 100 - before else {}) for p in range(100)]
+    sets = [each | {500: 1 - sum(each.values())} for each in sets]
+    flat = FlatTargets(
+        ids=np.uint32([i for each in sets for i in each]),
+        values=np.float32([w for each in sets for w in each.values()]),
+        sizes=np.array([len(each) for each in sets], np.int64),
+    )
+    ids = np.arange(101)
+
+    class Stub:
+        stats: ClassVar = {"next_token_hits": aligned, "positions": 100}
+
+        def __len__(self):
+            return 64
+
+        def record(self, index):
+            return RowRecord(input_ids=ids, targets=flat, starts=ids < 1, supervised=ids >= 0)
+
+    if not shifted:
+        assert check_alignment(Stub())["shift_minus_1"] == before / 100
+        return
+    with pytest.raises(
+        MismatchError, match=rf"token before the next one is in 0\.{before}0 of the sets, .* 0\.{aligned:02}0"
+    ):
+        check_alignment(Stub())
+
+
 def test_an_untrained_teacher_is_no_alarm(tmp_path):
     """Tied embeddings favour the token just read: in 4 of 10 sets here, but with one draw of fifty."""
     spec = make_spec(rows=40, codec=codec_spec("raw24", rounds=50, logit_width=VOCAB))
@@ -520,27 +560,36 @@ def test_targets_of_other_rows_are_refused(tmp_path):
         check_alignment(reader)
 
 
-def test_rows_that_differ_among_themselves_are_no_alarm():
-    """Half the rows hit always, half never: a sample of 20 may be off by far more than binomial errors."""
+def mixed_rows(shares, recorded):
+    """Of 1,000 rows every second has the next token in the first of these shares of its 100 sets, the others in the
+    second; recorded was another share."""
 
     class Mixed:
-        stats: ClassVar = {"next_token_hits": 500 * 100, "positions": 1000 * 100}
+        stats: ClassVar = {"next_token_hits": recorded * 1000 * 100, "positions": 1000 * 100}
 
         def __len__(self):
             return 1000
 
         def record(self, index):
-            token = 1 + index % 2
-            flat = FlatTargets(
-                ids=np.ones(100, np.uint32),
-                values=np.ones(100, np.float32),
-                sizes=np.ones(100, np.int64),
-            )
-            ids = np.full(101, token)
+            found = (np.arange(100) < shares[index % 2] * 100).astype(np.uint32)
+            flat = FlatTargets(ids=found, values=np.ones(100, np.float32), sizes=np.ones(100, np.int64))
+            ids = np.ones(101)
             return RowRecord(input_ids=ids, targets=flat, starts=ids > 9, supervised=ids > 0)
 
-    shares = check_alignment(Mixed(), sample=21)
+    return Mixed()
+
+
+def test_rows_that_differ_among_themselves_are_no_alarm():
+    """Half the rows hit always, half never: a sample of 20 may be off by far more than binomial errors."""
+    shares = check_alignment(mixed_rows((1, 0), recorded=0.5), sample=21)
     assert abs(shares["aligned"] - 0.5) > 0.02
+
+
+@pytest.mark.parametrize("recorded", [0.2, 0.8])
+def test_rows_that_differ_hide_no_share_that_is_another(recorded):
+    """Rows of 0.4 and 0.6 about a share of 0.2 or 0.8: 64 rows may be off by 6 standard errors of 0.04, not by 0.3."""
+    with pytest.raises(MismatchError, match=rf"{recorded}00 when captured \(allowed difference 0.2[45]"):
+        check_alignment(mixed_rows((0.4, 0.6), recorded))
 
 
 def test_nothing_supervised_is_nothing_to_check(tmp_path):
