@@ -501,6 +501,18 @@ def test_nothing_waits_for_a_device(residual):
     assert (loss.shape, found.hidden.shape, found.head.dtype) == ((), (40, 8), torch.bfloat16)
 
 
+@pytest.mark.parametrize("chunk_rows", [16, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_backward_waits_for_a_device(dtype, chunk_rows):
+    """A whole step with a factor on its loss, by the way that an accelerator takes: the last product waits for it."""
+    hidden, head = (torch.empty(n, 8, device="meta", dtype=dtype).requires_grad_() for n in (40, 30))
+    ids, weights = torch.empty(40, 5, device="meta", dtype=torch.long), torch.empty(40, 5, device="meta")
+    settings = {"labels": ids[:, 0], "ce_weight": 0.1, "temperature": 2.0, "token_weights": weights[:, 0]}
+    targets = SparseTargets(ids=ids, weights=weights)
+    (2.5 * skd.fused_linear_sparse_kl(hidden, head, targets, chunk_rows=chunk_rows, **settings)).backward()
+    assert (hidden.grad.dtype, head.grad.dtype, head.grad.shape) == (dtype, dtype, head.shape)
+
+
 _MEMORY = """
 import ctypes, sys, torch
 from pathlib import Path
