@@ -47,11 +47,14 @@ def test_by_hand():
     5 draws with replacement by (1 - 0.46) / 5; the largest alone misses 0.3² + 0.1²."""
     p = torch.tensor([[0.6, 0.3, 0.1]], dtype=torch.float64)
     even, drawn = (variance.fidelity(p, name, rounds=5) for name in ("systematic", "random_sampling"))
-    torch.testing.assert_close(even.squared_error, torch.tensor([0.02]).double())
-    torch.testing.assert_close(even.ids, torch.tensor([2.5]).double())
-    torch.testing.assert_close(drawn.squared_error, torch.tensor([0.108]).double())
-    torch.testing.assert_close(drawn.ids, torch.tensor([3 - 0.4**5 - 0.7**5 - 0.9**5]).double())
-    torch.testing.assert_close(variance.fidelity(p, "top_k", k=1).bias, torch.tensor([0.1]).double())
+    assert even.squared_error.tolist() == pytest.approx([0.02], rel=1e-12)
+    assert even.ids.tolist() == pytest.approx([2.5], rel=1e-12)
+    assert drawn.squared_error.tolist() == pytest.approx([0.108], rel=1e-12)
+    assert drawn.ids.tolist() == pytest.approx([3 - 0.4**5 - 0.7**5 - 0.9**5], rel=1e-12)
+    assert variance.fidelity(p, "top_k", k=1).bias.tolist() == pytest.approx([0.1], rel=1e-12)
+    halves = torch.tensor([[0.25, 0.5, 0.25]], dtype=torch.float64)  # 0.5 is reached by one id, 0.51 by two
+    for mass, left_out in ((0.5, 2 / 16), (0.51, 1 / 16), (1.0, 0)):
+        assert variance.fidelity(halves, "top_p", p=mass, k=3).bias.tolist() == [left_out]
 
 
 @pytest.mark.parametrize("rounds", [1, 7, 50, 1000])
