@@ -171,6 +171,22 @@ def test_a_full_disk_leaves_the_old_file_and_no_half_one(shard, monkeypatch, cal
     assert shard.read_bytes() == before
 
 
+@pytest.mark.skipif(os.name == "nt", reason="folders cannot be synced there")
+def test_a_power_cut_finds_the_old_file_or_the_whole_new_one(tmp_path, monkeypatch):
+    """The bytes are on the disk before they have their name, and the folder that says so before the call returns."""
+    calls, sync, replace = [], os.fsync, os.replace
+
+    def synced(descriptor):
+        found = os.fstat(descriptor)
+        calls.append("folder" if found.st_ino == tmp_path.stat().st_ino else found.st_size)
+        sync(descriptor)
+
+    monkeypatch.setattr(files.os, "fsync", synced)
+    monkeypatch.setattr(files.os, "replace", lambda *paths: (calls.append("name"), replace(*paths)))
+    write_atomically(tmp_path / "file", bytes(100))
+    assert calls == [100, "name", "folder"]
+
+
 def test_a_disk_that_fills_up_midway_leaves_no_half_file(tmp_path, monkeypatch):
     """Half of the bytes are accepted, then the disk is full."""
     plain = os.write
