@@ -244,6 +244,7 @@ def _sampler(sampler: str | dict[str, Any]) -> tuple[str, dict[str, Any]]:
         if type(value) is not kind and not (kind is float and type(value) is int):
             words = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
             raise RecipeError(f"sampler.{key}={value!r} is not {words}; its default is {defaults[key]}")
+        settings[key] = kind(value)  # 1 and 1.0 are one setting, and one header
     if name in SKETCHES:
         _check_sketch(name, settings, defaults)
     else:

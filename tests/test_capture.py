@@ -249,6 +249,13 @@ def test_shard_ranges_and_ranks_share_the_work(world, tmp_path, monkeypatch):
 _TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
+def test_a_whole_number_is_the_float_it_stands_for(world, tmp_path):
+    """temperature=1 on one worker and 1.0, the default, on another: one cache, byte for byte."""
+    for name, given in (("one", {"temperature": 1}), ("other", {})):
+        run(world, tmp_path / name, sampler=SAMPLER | given, limit_rows=8)
+    assert folder_bytes(tmp_path / "one") == folder_bytes(tmp_path / "other")
+
+
 def test_torchrun_makes_the_same_bytes(world, tmp_path):
     """Two real processes under torchrun write the cache that one process writes."""
     words = ["capture", f"rows={world.rows}", f"teacher={world.teacher}", f"out={tmp_path / 'c'}", "shard_rows=40"]
