@@ -167,6 +167,7 @@ def test_ece_by_hand() -> None:
     assert got.ece == pytest.approx(0.16, rel=1e-14)
     filled = {i: b for i, b in enumerate(got.reliability) if b.count}
     assert {i: (b.count, b.accuracy) for i, b in filled.items()} == {7: (6, 0.5), 13: (4, 0.5)}
+    assert [b.confidence for b in filled.values()] == pytest.approx([0.5, 0.9], rel=1e-14)
     assert len(got.reliability) == 15
     assert got.reliability[0].confidence is None
 
