@@ -122,7 +122,7 @@ def capture(
             on it. One by default, whatever OMP_NUM_THREADS says: give a CPU more processes (torchrun) instead.
         tensor_parallel_size: parts that the teacher is held in, one a process of torchrun, which draw together and the
             first of which writes; for a teacher too large for one accelerator. Part of the cache's identity: sums in
-            another order move a draw in a few thousand to a neighbouring id.
+            another order move a draw in a few thousand to a neighbouring id. Not for sampler=full.
         limit_rows: only the first rows of the split.
         shard_range: "a:b" makes only the shards a .. b-1.
         force: write although the disk looks too small.
@@ -145,7 +145,7 @@ def capture(
     name, parameters = _sampler(sampler)
     _check_positions_by(positions_by, positions, name)
     _check_codec(codec, name, parameters)
-    check_parts(tensor_parallel_size, name, positions_by)
+    check_parts(tensor_parallel_size, name)
     device = models.check_device(device)
     reader = RowsReader(rows, split)
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")

@@ -26,6 +26,7 @@ from sparsekd.packed import PackedBatch, RowsReader
 from sparsekd.position_budget import entropies, inclusion, law_of
 from sparsekd.rng import Keys
 from sparsekd.samplers import ORDERED, SAMPLERS, ImportanceDraws, draw, draw_importance, in_vocabulary, settled
+from sparsekd.sampling_parallel import entropies_split, whole_logits
 from sparsekd.sketch import TeacherSketch, teacher_sketch
 from sparsekd.targets import SparseTargets
 from sparsekd.tensor_parallel import own_rows
@@ -87,7 +88,7 @@ class Teacher:
             keys = {"seed": seed, "rows": rows[part] + first_row, "positions": positions[part]}
             drawn.parts.append(draw(logits_CV, tokens_N[part], name, **keys, **parameters))
             if law is not None:
-                drawn.levels.append(law.levels(entropies(logits_CV)))
+                drawn.levels.append(law.levels(self._entropies(logits_CV)))
                 drawn.kept.append(law.kept(drawn.levels[-1], Keys(**keys)))
         return drawn
 
@@ -95,7 +96,10 @@ class Teacher:
     def entropies(self, input_ids_BL: np.ndarray, supervised_BL: np.ndarray) -> Tensor:
         """[N] nats at every position whose next token is supervised."""
         hidden_NH, chunk = self._read(input_ids_BL, supervised_BL)[2], self.spec.capture["head_chunk"]
-        return torch.cat([entropies(self._logits(hidden_CH)) for hidden_CH in hidden_NH.split(chunk)])
+        return torch.cat([self._entropies(self._logits(hidden_CH)) for hidden_CH in hidden_NH.split(chunk)])
+
+    def _entropies(self, logits_CV: Tensor) -> Tensor:
+        return entropies(logits_CV) if self.shard is None else entropies_split(logits_CV, self.shard)
 
     def _logits(self, hidden_CH: Tensor) -> Tensor:
         """[C, V] logits of a chunk, written over those of the chunk before: fresh pages cost as much as the draws."""
@@ -141,7 +145,8 @@ def _draw_for(codec: dict[str, Any], order_V: Tensor | None, shard: VocabularySh
         return replace(found, ids=ids, counts=counts, log2_p=found.log2_p.float())
 
     def sketch(logits_CV: Tensor, tokens_C: Tensor, name: str, *, top: int, **_: Any) -> TeacherSketch:
-        return teacher_sketch(logits_CV, tokens_C, top=top)
+        whole_CV = logits_CV if shard is None else whole_logits(logits_CV, shard)
+        return teacher_sketch(whole_CV, tokens_C, top=top)
 
     others: dict[str, Callable[..., Part]] = {IMPORTANCE: unweighed, CURVES: sketch}
     return others.get(CODECS[codec["name"]].holds, targets)

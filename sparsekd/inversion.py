@@ -275,6 +275,13 @@ def shifted_logits(logits_NV: Tensor) -> Tensor:
     return (logits_NV - logits_NV.amax(-1, keepdim=True).to(working_dtype(logits_NV))).clamp_(min=LOWEST)
 
 
+def reaching(p: float, targets: SparseTargets) -> SparseTargets:
+    """Of each position's targets, the fewest from the first on that reach mass p."""
+    before = targets.weights.cumsum(-1) - targets.weights
+    weights = targets.weights * (before < p)
+    return SparseTargets(ids=targets.ids * (weights > 0), weights=weights)
+
+
 def stable_top(values_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest, in descending order, ties in ascending id."""
     _, ids = values_NV.topk(k, dim=-1)

@@ -33,6 +33,7 @@ from sparsekd.inversion import (
     join_parts,
     marked,
     merge_ascending,
+    reaching,
     refuse,
     shifted_logits,
     stable_top,
@@ -303,10 +304,7 @@ def top_p(logits_NV: Tensor, keys: Keys, *, p: float = 0.98, k: int = 100) -> Sp
 
     The weights sum to at least p where k ids can reach it, and to the top-k mass elsewhere.
     """
-    targets = top_k(logits_NV, keys, k=k)
-    before = targets.weights.cumsum(-1) - targets.weights
-    weights = targets.weights * (before < p)
-    return SparseTargets(ids=targets.ids * (weights > 0), weights=weights)
+    return reaching(p, top_k(logits_NV, keys, k=k))
 
 
 @torch.no_grad()

@@ -8,8 +8,9 @@ so all know the same points; a process finds the ids of the points that fall int
 
 What travels for a position: 16 bytes of each process (its largest logit, its sum of exponentials; 24 at a temperature
 that is not 1), the ids of R draws as int32 (4 R bytes), and at other temperatures the logits of the K ids drawn. Before
-them 48 bytes a call say who holds what. Whatever one process finds wrong (NaN, shares that leave a gap, another seed)
-travels before it is raised, in all of them alike: none is left waiting.
+them 48 bytes a call say who holds what. Entropies take 24 bytes of each process; `whole_logits` is for what has no
+such way. Whatever one process finds wrong (NaN, shares that leave a gap, another seed) travels before it is raised, in
+all of them alike: none is left waiting.
 
 Shapes: N positions, W processes, R draws, K kept ids, P of a process's own points.
 """
@@ -43,6 +44,7 @@ from sparsekd.inversion import (
     join_parts,
     locate,
     merge_ascending,
+    reaching,
     refuse,
     running_sums,
     stable_top,
@@ -107,7 +109,7 @@ def sample_split(
     The same ids, but where a point lies within 1e-6 of the end of an id's interval (float32 rounds it).
 
     Raises:
-        RecipeError: a sampler that needs all logits in one place.
+        RecipeError: a sampler that a split head does not have.
         MismatchError: shares that do not make up the vocabulary, or processes that do not sample the same.
         ModelError: logits that are NaN or +inf in any process, or -inf in all.
     """
@@ -119,7 +121,7 @@ def sample_split(
 def check_split(sampler: str) -> None:
     """RecipeError for a sampler that a split head does not have."""
     if sampler not in SPLIT_SAMPLERS:
-        raise RecipeError(f"{sampler} needs all logits in one place; a split head has: {', '.join(SPLIT_SAMPLERS)}")
+        raise RecipeError(f"{sampler} keeps all V probabilities; a split head has: {', '.join(SPLIT_SAMPLERS)}")
 
 
 def agree(logits_NV: Tensor, keys: Keys, shard: VocabularyShard, settings: Any) -> Split:
@@ -295,9 +297,47 @@ def _own_top(logits_NV: Tensor, peak_N: Tensor, k: int) -> tuple[Tensor, Tensor,
     return values, ids, block_sums(in_blocks(below_NV.exp_())).sum(-1)
 
 
+def top_p(logits_NV: Tensor, keys: Keys, split: Split, *, p: float, k: int) -> SparseTargets:
+    """`top_p` of the whole head: what `top_k` keeps travels."""
+    return reaching(p, top_k(logits_NV, keys, split, k=k))
+
+
+@torch.no_grad()
+def entropies_split(logits_NV: Tensor, shard: VocabularyShard) -> Tensor:
+    """`position_budget.entropies` of the whole head, in every process: one all-gather of [N, 3] float64.
+
+    With each process's largest logit m, its sum s of exp(z - m) and its sum t of (z - m) exp(z - m), all of them
+    brought to the same m: H = log Σs - Σt / Σs.
+    """
+    peak = logits_NV.float().amax(-1, keepdim=True).clamp_(min=LOWEST)  # of a share that is all masked too
+    below = (logits_NV.float() - peak).clamp_(min=LOWEST)
+    p = below.exp()
+    own = torch.stack([peak[:, 0].double(), p.sum(-1).double(), (p * below).sum(-1).double()])
+    peak_WN, total_WN, moment_WN = _gathered(own, shard.group).unbind(1)
+    below_WN = peak_WN - peak_WN.amax(0)
+    total = (below_WN.exp() * total_WN).sum(0)
+    return (total.log() - (below_WN.exp() * (moment_WN + below_WN * total_WN)).sum(0) / total).float()
+
+
+@torch.no_grad()
+def whole_logits(logits_NV: Tensor, shard: VocabularyShard) -> Tensor:
+    """[N, V] the logits of all ids, in every process, for what needs them all: one all-gather of V numbers a position.
+
+    Raises:
+        MismatchError: shares that do not make up the vocabulary.
+    """
+    share = torch.tensor([shard.start, logits_NV.shape[1], shard.vocab_size], device=logits_NV.device)
+    starts, counts, sizes = _gathered(share, shard.group).T.tolist()
+    _check_shares(starts, counts, sizes)
+    parts = _gathered(torch.nn.functional.pad(logits_NV, (0, max(counts) - logits_NV.shape[1])), shard.group)
+    ranks = sorted(range(len(starts)), key=starts.__getitem__)
+    return torch.cat([parts[rank, :, : counts[rank]] for rank in ranks], -1)
+
+
 # The samplers that a split head has.
 SPLIT_SAMPLERS: dict[str, Callable[..., SparseTargets]] = {
     "random_sampling": partial(drawn, independent_points),
     "systematic": partial(drawn, even_points),
     "top_k": top_k,
+    "top_p": top_p,
 }

@@ -1,8 +1,8 @@
 """A teacher in parts: each process of a torchrun holds a share of its body and of its head's rows, all draw together.
 
 transformers splits the body by the model's own plan. The head is split here, in the order in which draws pass over the
-ids. All processes pass the same rows and get the same targets (`sampling_parallel.py`: no logits travel), the first
-one writes them. With one process everything here is what it would be without.
+ids. All processes pass the same rows and get the same targets (`sampling_parallel.py`: no logits travel, but for sorted
+curves), the first one writes them. With one process everything here is what it would be without.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from sparsekd.errors import ModelError, RecipeError
 from sparsekd.fused_parallel import VocabularyShard
 from sparsekd.inversion import BLOCK
 from sparsekd.making import processes
+from sparsekd.samplers import SAMPLERS
 from sparsekd.sampling_parallel import check_split
 
 Value = TypeVar("Value")
 
 
-def check_parts(size: int, sampler: str, positions_by: str) -> None:
+def check_parts(size: int, sampler: str) -> None:
     """RecipeError where a teacher in `size` parts cannot be had, or cannot be drawn from so."""
     if size == 1:
         return
@@ -32,9 +33,8 @@ def check_parts(size: int, sampler: str, positions_by: str) -> None:
             f"tensor_parallel_size={size} takes {size} processes, here are {processes()}; start them with torchrun "
             f"--nproc_per_node {size} -m sparsekd capture ...; to use more, start it again with another shard_range"
         )
-    check_split(sampler)
-    if positions_by != "evenly":
-        raise RecipeError(f"positions_by={positions_by} needs all logits in one place; leave tensor_parallel_size out")
+    if sampler in SAMPLERS:  # a sketch has all logits brought together
+        check_split(sampler)
 
 
 def open_teacher_model(path: str, size: int, *, dtype: str, device: str) -> Any:

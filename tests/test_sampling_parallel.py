@@ -16,9 +16,10 @@ import sparsekd as skd
 from sparsekd.errors import MismatchError, ModelError, RecipeError, SparseKDError
 from sparsekd.fused_parallel import VocabularyShard
 from sparsekd.inversion import ids_in, tilted_masses
+from sparsekd.position_budget import entropies
 from sparsekd.rng import Keys
 from sparsekd.samplers import in_vocabulary, sample_importance
-from sparsekd.sampling_parallel import agree, ids_at_split, shares
+from sparsekd.sampling_parallel import agree, entropies_split, ids_at_split, shares, whole_logits
 
 N, V, R = 96, 2500, 50
 # Where the processes' ids end: unequal shares, no multiples of a block of 32, one smaller than a block.
@@ -162,6 +163,33 @@ def check_top_k(world):
         assert everywhere_the_same(world, shared.ids)
 
 
+def check_top_p(world):
+    """The whole head's ids and probabilities, but where a sum is within 1e-6 of p."""
+    for p, k in ((0.9, 40), (0.5, 300), (1.0, 12)):
+        alone, shared = (draw(example(), "top_p", p=p, k=k).densify(V) for draw in (skd.sample, world.sample))
+        assert torch.isclose(shared, alone, rtol=1e-6, atol=1e-30).all(-1).float().mean() >= 0.97
+        assert ((alone > 0).sum(-1) < k).float().mean() > 0.2 or p == 1
+
+
+def check_entropies(world):
+    """Those of one process, to float32, in every process; an id far below all others counts, and a masked one not."""
+    for logits in (example(), example(torch.bfloat16), example() * 20 + 3000):
+        shared, truth = entropies_split(logits[:, world.own()], world.shard()), logits.double().softmax(-1)
+        torch.testing.assert_close(shared, torch.special.entr(truth).sum(-1).float(), rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(shared, entropies(logits), rtol=1e-5, atol=1e-5)
+        assert everywhere_the_same(world, shared)
+
+
+def check_whole_logits(world):
+    """All ids' logits in their order, of any float type; shares with a gap are refused in all."""
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = example(dtype)
+        assert torch.equal(whole_logits(logits[:, world.own()], world.shard()), logits)
+    gap = world.shard(start=world.own().start + 1) if world.place == 1 else world.shard()
+    with pytest.raises(MismatchError, match="shares must follow each other"):
+        whole_logits(example()[:, world.own()], gap)
+
+
 class Sent(TorchDispatchMode):
     """Bytes that each collective takes from this process."""
 
@@ -240,7 +268,7 @@ def check_refusals(world):
     ]:
         with pytest.raises(MismatchError, match=words):
             skd.sample(given, "systematic", shard=shard, **settings)
-    with pytest.raises(RecipeError, match="full needs all logits in one place; a split head has: random_sampling"):
+    with pytest.raises(RecipeError, match="full keeps all V probabilities; a split head has: random_sampling"):
         world.sample(logits, "full")
 
 
