@@ -158,7 +158,7 @@ def _chunks(model: Any, teacher: Any, batch: Any) -> Iterator[tuple[Tensor, Tens
     """(logits, teacher logits, labels, row numbers) of the supervised positions, a chunk at a time."""
     device = next(model.parameters()).device
     ids = torch.from_numpy(batch.input_ids.astype(np.int64)).to(device)
-    rows, positions = torch.from_numpy(batch.supervised[:, 1:]).to(device).nonzero(as_tuple=True)
+    rows, positions = (torch.from_numpy(each).to(device) for each in batch.supervised[:, 1:].nonzero())
     labels = ids[rows, positions + 1]
     numbers = torch.from_numpy(np.asarray(batch.indices)).to(device)[rows]
     own = _hidden(model, ids)[rows, positions]

@@ -148,7 +148,7 @@ def attach_full_kd(model: Any, teacher: Any, *, ce_weight: float = 0.0, divergen
             return own_forward(input_ids=input_ids, labels=labels, **kwargs)
         with torch.no_grad():
             teacher_logits = held[0](input_ids=input_ids, use_cache=False).logits[:, :-1]
-        output = own_forward(input_ids=input_ids, **kwargs)
+        output = own_forward(input_ids=input_ids, **({"use_cache": False} | kwargs))
         logits, balance = output.logits[:, :-1], router_loss(self, output)
         if divergence != "forward_kl":
             next_ids = labels[:, 1:]
