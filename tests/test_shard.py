@@ -153,6 +153,14 @@ def test_missing_files_and_unknown_schemes_are_told_apart(tmp_path):
         ShardReader("nonsense://x")
 
 
+def test_a_file_is_hashed_to_its_end(tmp_path):
+    """Files are read in parts of 4 MiB: one that ends at a part's end, or a little beyond one."""
+    for size in (0, 2**22, 2**22 + 1, 2**23 + 5):
+        data = np.random.default_rng(size).bytes(size)
+        (tmp_path / "file").write_bytes(data)
+        assert sha256_file(tmp_path / "file") == hashlib.sha256(data).hexdigest()
+
+
 # --- all or nothing -------------------------------------------------------------------------------------
 
 
