@@ -317,6 +317,41 @@ def test_a_damaged_folder_is_not_taken_for_packed(tmp_path: Path, tokenizer: Any
         pack(**common)
 
 
+def test_rows_are_on_the_disk_before_their_folder_has_its_name(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every array is synced when all of its bytes are written: a power cut leaves no folder with half of them."""
+    synced, sync = {}, os.fsync
+
+    def note(descriptor: int) -> None:
+        found = os.fstat(descriptor)
+        assert not (tmp_path / "rows").exists()
+        synced[found.st_ino] = found.st_size
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    source = write_texts(tmp_path / "c.jsonl", texts(20))
+    pack(source=source, tokenizer=tokenizer, seq_len=16, out=tmp_path / "rows", progress=False)
+    arrays = list((tmp_path / "rows").glob("*.npy"))
+    assert len(arrays) == 6
+    assert {path.stat().st_ino: path.stat().st_size for path in arrays}.items() <= synced.items()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="folders have no such modes there")
+def test_rows_are_as_public_as_any_other_folder(tmp_path: Path, tokenizer: Any) -> None:
+    """The mode of a folder made by hand, under any mask; a folder that it lies in is made too."""
+    source = write_texts(tmp_path / "c.jsonl", texts(5))
+    before = os.umask(0o027)
+    try:
+        (tmp_path / "plain").mkdir()
+        out = tmp_path / "not" / "there" / "yet"
+        pack(source=source, tokenizer=tokenizer, seq_len=16, heldout=0, out=out, progress=False)
+        assert os.umask(0o027) == 0o027, "the mask is left as it was"
+    finally:
+        os.umask(before)
+    assert out.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_a_foreign_folder_is_not_overwritten(tmp_path: Path, tokenizer: Any) -> None:
     """`out` with something else in it is refused and kept; an empty folder is taken."""
     source = write_texts(tmp_path / "a.jsonl", texts(10))
