@@ -20,6 +20,7 @@ import operator
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +34,7 @@ from .checks import make_folder
 from .codec import CODECS, FlatTargets, codec_engine, decode_rows, quick_rows
 from .compiled import scratch
 from .errors import FormatError, IncompleteError, MismatchError, RecipeError
-from .files import is_url, join, list_folder, read_file, remove_stale_files, sha256_file, write_atomically
+from .files import fetch, is_url, join, list_folder, read_file, remove_stale_files, sha256_file, write_atomically
 from .folder import (
     RowRecord,
     check_shard,
@@ -67,6 +68,7 @@ Json = dict[str, Any]
 # Opening a shard costs as much as reading ten short rows, and a shuffled epoch comes to another one with every row.
 _OPEN_SHARDS = 128  # macOS gives a process 256 files
 _OPEN_BYTES = 2**28  # of their indexes and tables of ids
+_AT_ONCE = 16  # shards that are opened together over a network
 
 __all__ = [
     "CacheReader",
@@ -254,6 +256,16 @@ class CacheReader:
         reader = self._shard(shard)
         return decode_record(reader.read_row(row), self._read_as, f"{reader.path}: row {index}")
 
+    def fetch(self, indices: Sequence[int]) -> None:
+        """Asks for some rows together where the cache lies behind a URL; reading them then waits for no network."""
+        if not is_url(self.path):
+            return
+        found = [divmod(self._index(index), self.spec.shard_rows) for index in indices]
+        shards = sorted({shard for shard, _ in found})
+        with ThreadPoolExecutor(_AT_ONCE) as threads:
+            opened = dict(zip(shards, threads.map(self._shard, shards), strict=True))
+        fetch([opened[shard].place(row) for shard, row in found])
+
     def padded(self, indices: Sequence[int]) -> PaddedRows | None:
         """Some rows as one batch, where that is quicker than row by row: `rows = [reader[i] for i in indices]` stacked,
         their targets by `pad_rows`. None where the codec or the machine has no such way, or a row is not sound: reading
@@ -284,10 +296,14 @@ class CacheReader:
     def _shard(self, shard: int) -> ShardReader:
         """The open shard. One pushed out is left to whoever still reads it and closes when they let go."""
         with self._lock:
-            if shard not in self._shards:
-                self._shards[shard] = self._open_shard(shard)
-                if len(self._shards) > _most_open(self.spec):
-                    self._shards.popitem(last=False)
+            if shard in self._shards:
+                self._shards.move_to_end(shard)
+                return self._shards[shard]
+        reader = self._open_shard(shard)  # with the lock free: over a network this takes a while
+        with self._lock:
+            self._shards.setdefault(shard, reader)
+            if len(self._shards) > _most_open(self.spec):
+                self._shards.popitem(last=False)
             self._shards.move_to_end(shard)
             return self._shards[shard]
 

@@ -11,6 +11,7 @@ import re
 import secrets
 import socket
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -168,9 +169,22 @@ class _Ranges:
 
         self._files, self._path = url_to_fs(url)
         self.size = int(self._files.info(self._path)["size"] or 0)
+        self._fetched: dict[tuple[int, int], bytes] = {}
 
     def read(self, start: int, end: int) -> bytes:
+        if (held := self._fetched.pop((start, end), None)) is not None:
+            return held
         return bytes(self._files.cat_file(self._path, start=start, end=end)) if end > start else b""
+
+    @staticmethod
+    def fetch(wanted: Sequence[tuple[_Ranges, int, int]]) -> None:
+        """Asks for ranges together and holds them for the one `read` of each; what fails is asked for again there."""
+        sources, starts, ends = zip(*wanted, strict=True)
+        paths = [source._path for source in sources]
+        blocks = sources[0]._files.cat_ranges(paths, starts, ends, on_error="return")
+        for source, start, end, block in zip(sources, starts, ends, blocks, strict=True):
+            if isinstance(block, bytes):
+                source._fetched[start, end] = block
 
     def close(self) -> None:
         pass
@@ -194,6 +208,14 @@ def open_source(path: str | Path) -> Source:
         raise
     except (OSError, ImportError, ValueError) as error:  # fsspec: an unknown scheme, a missing driver
         raise StorageError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def fetch(wanted: Sequence[tuple[Source, int, int]]) -> None:
+    """Asks for the bytes [start, end) of sources of one place together, where each is a request over a network: reading
+    them once then waits for nothing. Local ones are left to `read`."""
+    remote = [(source, start, end) for source, start, end in wanted if isinstance(source, _Ranges) and end > start]
+    if remote:
+        _Ranges.fetch(remote)
 
 
 def join(folder: str | Path, name: str) -> str:

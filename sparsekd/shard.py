@@ -25,7 +25,7 @@ from crc32c import crc32c
 from numpy.typing import NDArray
 
 from .errors import FormatError, VersionError
-from .files import Source, canonical_json, open_source, strict_json, write_atomically
+from .files import Source, canonical_json, fetch, open_source, strict_json, write_atomically
 from .id_ranks import ids_of_ranks
 
 Array = NDArray[Any]
@@ -165,11 +165,13 @@ class ShardReader:
         }
         shapes |= {name: None for name in _OPTIONAL if name in declared}
         spans = _spans(declared, shapes, self._source.size - data_start, self.path)
-        raw = {
-            name: self._source.read(data_start + begin, data_start + end)
-            for name, (begin, end) in spans.items()
-            if name != "payload"
-        }
+        index = [(data_start + begin, data_start + end) for name, (begin, end) in spans.items() if name != "payload"]
+        fetch([(self._source, *span) for span in index])
+        raw = dict(
+            zip(
+                (name for name in spans if name != "payload"), (self._source.read(*span) for span in index), strict=True
+            )
+        )
         found = _index_crc(self.header, *(raw[name] for name in (*_INDEX, *_OPTIONAL) if name in raw))
         if found != crc:
             raise FormatError(f"{self.path}: the index has crc32c {found:#010x}, recorded is {crc!r:.20}")
@@ -210,12 +212,16 @@ class ShardReader:
             ids=self.ids,
         )
 
-    def read_bits(self, row: int) -> tuple[bytes, bytes, bytes]:
-        """`read_row`'s block, starts and supervised, the masks as bits; FormatError likewise."""
+    def place(self, row: int) -> tuple[Source, int, int]:
+        """Where the row's block is, for `files.fetch`."""
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of a shard of {len(self)} rows")
-        begin, end = int(self._offsets[row]), int(self._offsets[row + 1])
-        block = self._source.read(self._payload + begin, self._payload + end)
+        return self._source, self._payload + int(self._offsets[row]), self._payload + int(self._offsets[row + 1])
+
+    def read_bits(self, row: int) -> tuple[bytes, bytes, bytes]:
+        """`read_row`'s block, starts and supervised, the masks as bits; FormatError likewise."""
+        source, begin, end = self.place(row)
+        block = source.read(begin, end)
         starts, supervised = self._row_bits("starts", row), self._row_bits("supervised", row)
         index = self.header["first_row"] + row
         crc, recorded = _row_crc(index, starts, supervised, block), int(self._crcs[row])

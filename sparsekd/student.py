@@ -242,6 +242,8 @@ class RowBatch(Sequence[Any]):
     def __init__(self, dataset: CacheDataset, numbers: Sequence[int]) -> None:
         self.dataset, self.numbers, self.collator = dataset, numbers, dataset.collator
         self._rows: list[Any] | None = None
+        if isinstance(dataset.rows, CacheReader):
+            dataset.rows.fetch(numbers)
         if self.collator is None:
             self._rows = [dataset.rows[number] for number in numbers]
         else:

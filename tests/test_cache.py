@@ -12,6 +12,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import ClassVar
 
 import fsspec
@@ -613,3 +614,40 @@ def test_storage_knows_no_torch():
     code = "import sys, sparsekd.cache; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# --- over a network -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def far(monkeypatch):
+    """A file system whose requests take 20 ms each, however many are under way."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    from far import Far
+
+    monkeypatch.setattr(Far, "wait", 0.02)
+    monkeypatch.setattr(Far, "most", 0)
+    return Far
+
+
+def test_a_batch_over_a_network_is_one_wait(cache, far):
+    """All of its rows are asked for at once, and come as from a local folder."""
+    with CacheReader(f"far://{cache}") as reader, CacheReader(cache) as local:
+        reader.fetch(range(5))
+        far.most = 0
+        reader.fetch(range(5))
+        assert far.most == 5
+        far.most = 0
+        assert_same_rows(reader, local)
+        assert far.most == 0
+        local.fetch(range(5))
+
+
+def test_a_request_that_fails_is_made_again(cache, far, monkeypatch):
+    """What `fetch` could not get is read when it is wanted; a failure is told there."""
+    with CacheReader(f"far://{cache}") as reader, CacheReader(cache) as local:
+        reader.fetch(range(5))
+        with monkeypatch.context() as patched:
+            patched.setattr(far, "_after", lambda *_: (_ for _ in ()).throw(OSError("no network")))
+            reader.fetch(range(5))
+        assert_same_rows(reader, local)
