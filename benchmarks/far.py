@@ -23,7 +23,7 @@ from sparsekd.cache import CacheReader
 
 
 class Far(AsyncFileSystem):
-    """far:///folder/file is the local file, after `wait` seconds; `most` is how many requests were under way at most."""
+    """far:///folder/file is a local file, after `wait` seconds; `most` is how many requests were under way at once."""
 
     protocol, cachable = "far", False
     wait, under_way, most = 0.03, 0, 0
