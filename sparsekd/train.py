@@ -133,7 +133,7 @@ def train(
         dtype: "float32", or "bfloat16" for mixed precision (weights stay float32).
         device: "cpu" or "cuda" (one per process; choose among several by CUDA_VISIBLE_DEVICES).
         gradient_checkpointing: compute activations twice instead of keeping them.
-        dataloader_workers: processes that read rows ahead.
+        dataloader_workers: processes that read rows ahead; none for a cache on a local disk, which a thread reads.
         log_steps: steps between logged losses.
         eval_steps: steps between evaluations; 0: only at the end.
         eval_limit: only the first rows of the held-out split.

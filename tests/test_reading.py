@@ -107,6 +107,19 @@ def of_rows_alone(dataset, batch):
     return skd.SparseKDCollator()([dataset[index] for index in batch])
 
 
+WORKERS = pytest.mark.filterwarnings("ignore:a cache on a local disk is read by worker processes")
+
+
+def test_worker_processes_are_warned_of_on_a_local_disk_only(cache):
+    """Once, with what to do instead; rows that are no cache may take longer than a batch to cross."""
+    dataset = skd.CacheDataset(cache)
+    with pytest.raises(UserWarning, match=r"several times as much .* with num_workers=0 \(Trainer: dataloader_num"):
+        list(torch.utils.data.DataLoader(dataset, batch_size=6, collate_fn=list, num_workers=1))
+    dataset.rows = [cache[index] for index in range(len(cache))]
+    assert len(list(torch.utils.data.DataLoader(dataset, batch_size=6, collate_fn=list, num_workers=1))) > 1
+
+
+@WORKERS
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_batch_made_ahead_is_the_batch(cache, workers):
     """From the second batch on, tensors come made: those of the rows one by one, over two epochs, in workers too."""
@@ -209,6 +222,7 @@ def test_an_error_ahead_comes_with_its_own_batch():
     assert ahead(read, [6, 7], size=10, epoch=0) == [6, 7]
 
 
+@WORKERS
 def test_a_dataset_goes_to_worker_processes(cache):
     """Pickled after reading ahead, and read by two workers: the same rows."""
     dataset = skd.CacheDataset(cache, seed=2)
@@ -223,6 +237,7 @@ def test_a_dataset_goes_to_worker_processes(cache):
     ]
 
 
+@WORKERS
 def test_workers_that_stay_hear_of_the_next_epoch(cache):
     """With persistent workers, each epoch comes in its own order, also from an unpickled copy."""
     dataset = pickle.loads(pickle.dumps(skd.CacheDataset(cache, seed=2)))

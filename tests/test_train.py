@@ -131,6 +131,10 @@ def monkeypatch_module():
         yield patch
 
 
+WORKERS = pytest.mark.filterwarnings("ignore:a cache on a local disk is read by worker processes")
+
+
+@WORKERS
 @pytest.mark.parametrize(
     ("settings", "stop"),
     [
@@ -159,6 +163,7 @@ def test_resuming_changes_nothing(world, tmp_path, rows_read, settings, stop):
         assert rows_read[: len(order) - done] == order[done:]
 
 
+@WORKERS
 def test_workers_follow_the_epoch(world, tmp_path):
     """Loader processes see each epoch's own order: two epochs with workers end in the bits of two without."""
     settings = {"batch_size": 32, "max_steps": 8, "save_steps": 100}
