@@ -30,18 +30,19 @@ def peaks_and_sums(logits_NV: Tensor, temperature: float, block: int) -> tuple[T
     blocks = triton.cdiv(vocab, block)
     peaks = torch.empty(count, blocks, dtype=torch.float32, device=logits_NV.device)
     sums = torch.empty_like(peaks)
-    _block_kernel[(count, triton.cdiv(blocks, BLOCKS))](
-        logits_NV,
-        logits_NV.stride(0),
-        peaks,
-        sums,
-        vocab,
-        blocks,
-        temperature,
-        BLOCK=block,
-        BLOCKS=BLOCKS,
-        num_warps=WARPS,
-    )
+    with torch.cuda.device_of(logits_NV):  # Triton launches on the current GPU
+        _block_kernel[(count, triton.cdiv(blocks, BLOCKS))](
+            logits_NV,
+            logits_NV.stride(0),
+            peaks,
+            sums,
+            vocab,
+            blocks,
+            temperature,
+            BLOCK=block,
+            BLOCKS=BLOCKS,
+            num_warps=WARPS,
+        )
     return peaks, sums
 
 

@@ -49,7 +49,8 @@ def default_device() -> str:
         return "cpu"
     import os
 
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    # As accelerate counts them: a launcher may show each process one GPU alone, or start more processes than there are.
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
 
 
 def check_device(device: str | None) -> str:
@@ -78,7 +79,7 @@ def one_thread() -> None:
 
 
 def open_model(path: str, *, dtype: str = "float32", device: str | None = None, **settings: Any) -> Any:
-    """A pretrained causal language model in eval mode, from a local folder or a hub id.
+    """A pretrained causal language model in eval mode, from a folder or a hub id; its GPU becomes the current one.
 
     `settings` go to `from_pretrained`, which with a `distributed_config` chooses the device itself.
 
@@ -131,6 +132,8 @@ def _open(path: str, kind: Any, words: str, *, dtype: str, device: str | None, *
         ) from error
     if settings and model.device.type != torch.device(device).type:
         raise RecipeError(f"device={device}, but transformers splits a model over {model.device.type} here; give that")
+    if torch.device(device).index is not None:
+        torch.cuda.set_device(device)  # where Triton's kernels are launched, a model's own too, wherever tensors are
     return model.to(device).eval()
 
 

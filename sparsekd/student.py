@@ -385,12 +385,12 @@ def _mean_loss(trainer: Any, rows: Any) -> float:
         first = start + rank * batch_size
         mine = range(first, min(first + batch_size, len(rows)))
         # A process without rows runs the first one for nothing: sharded models need everyone in every forward.
-        batch = {k: v.to(device) for k, v in trainer.data_collator([rows[i] for i in mine or [0]]).items()}
+        batch = trainer.data_collator([rows[i] for i in mine or [0]])
         tokens = int((batch["labels"][:, 1:] != -100).sum())
         with trainer.compute_loss_context_manager():
-            loss = trainer.model(input_ids=batch["input_ids"], labels=batch["labels"]).loss
+            loss = trainer.model(**{k: batch[k].to(device) for k in ("input_ids", "labels")}).loss
         if mine and tokens:
-            sums += torch.stack([loss.double() * tokens, torch.as_tensor(tokens, device=device).double()])
+            sums += torch.stack([loss.double() * tokens, torch.full_like(loss, tokens, dtype=torch.float64)])
     total, count = trainer.accelerator.reduce(sums, "sum").tolist()
     return total / count if count else float("nan")
 
@@ -407,16 +407,28 @@ def pace(*, evaluates: bool) -> Any:
     class Pace(TrainerCallback):
         def __init__(self) -> None:
             self.seconds: list[float] = []
-            self.started = 0.0
+            self.started: Any = None
+            self.unread: Any = None
 
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.started = time.perf_counter()
+        def on_step_begin(self, args: Any, *_: Any, **__: Any) -> None:
+            self.started = _now(args.device)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.seconds.append(time.perf_counter() - self.started)
+            ended = _now(args.device)
+            self.read()
+            self.unread = self.started, ended
             if state.global_step >= state.max_steps:
                 control.should_save, control.should_log, control.should_evaluate = False, True, evaluates
             control.should_log = control.should_log or control.should_save
+
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            self.read()
+
+        def read(self) -> None:
+            """The time of the step before, while this one is under way: a GPU that is waited for has run dry."""
+            if self.unread is not None:
+                self.seconds.append(_seconds_between(*self.unread))
+            self.unread = None
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
             if not math.isfinite(logs.get("loss", 0.0)):
@@ -426,6 +438,22 @@ def pace(*, evaluates: bool) -> Any:
                 )
 
     return Pace()
+
+
+def _now(device: torch.device) -> Any:
+    """Now, by the clock; on a GPU, which works behind the host, the moment when it comes to here."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _seconds_between(begin: Any, end: Any) -> float:
+    if isinstance(begin, float):
+        return float(end - begin)
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1000
 
 
 def _refuse_prompt_tuning(model: Any) -> None:

@@ -279,6 +279,8 @@ def _arguments(recipe: dict[str, Any], steps: int, progress: bool) -> Any:
         train_sampling_strategy="sequential",
         dataloader_num_workers=recipe["dataloader_workers"],
         dataloader_pin_memory=not on_cpu(recipe),
+        # Else handing over a batch waits for the whole step before it, and the GPU for the host's next one.
+        accelerator_config={"non_blocking": not on_cpu(recipe)},
         remove_unused_columns=False,
         report_to=recipe["report_to"],
         run_name=recipe["run_name"],

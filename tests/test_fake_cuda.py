@@ -1,9 +1,9 @@
 """What a GPU is asked to do, on machines without one: tensors of a device "cuda" that have shapes and no values.
 
-Under torch's FakeTensorMode an operator whose operands lie on two devices raises, and so does whatever would need a value:
-`.item()`, `bool`, `nonzero`, indexing by a mask. `nothing_waits` adds copies between the devices that the host waits for.
-A host that waits lets the GPU run dry: paths that run once a chunk or a step must not, but where a number is
-wanted on the host (`settled`, metrics). What the kernels compute is not seen here.
+Under torch's FakeTensorMode an operator whose operands lie on two devices raises, and so does whatever would need a
+value: `.item()`, `bool`, `nonzero`, indexing by a mask. `NothingWaits` adds copies that the host waits for. A host that
+waits lets the GPU run dry: what runs once a chunk or a step must not, but where a number is wanted on the host
+(`settled`, metrics). What kernels compute, in which order and how fast is not seen here.
 """
 
 from __future__ import annotations
@@ -280,3 +280,46 @@ def test_evaluation_mixes_no_devices(gpu, monkeypatch):
         metrics.token_losses(logits_CV, labels_C)
         evaluate._against_teacher(teacher_CV, logits_CV)
     assert speculate._acceptance(teacher, model, torch.zeros(L, dtype=torch.long))[0].device.type == "cpu"
+
+
+# --- which GPU, and when ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rank", "count", "device"), [("0", 1, "cuda:0"), ("3", 8, "cuda:3"), ("3", 1, "cuda:0")])
+def test_a_process_takes_the_gpu_of_its_local_rank(monkeypatch, rank, count, device):
+    """The only one, where a launcher shows each process its own alone."""
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    assert models.default_device() == device
+
+
+def test_steps_are_timed_where_they_run(monkeypatch):
+    """On a GPU by its own events, and none is waited for before the next step is under way."""
+    order: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            order.append("record")
+
+        def synchronize(self) -> None:
+            order.append("wait")
+
+        def elapsed_time(self, end: Any) -> float:
+            return 250.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock, control = student.pace(evaluates=False), SimpleNamespace(should_log=False, should_save=False)
+    state = SimpleNamespace(global_step=1, max_steps=9)
+    for kind, seconds in (("cuda", 0.25), ("cpu", 0.0)):
+        clock.seconds, order[:] = [], []
+        arguments = SimpleNamespace(device=torch.device(kind))
+        for _ in range(2):
+            clock.on_step_begin(arguments, state, control)
+            clock.on_step_end(arguments, state, control)
+        clock.on_train_end(arguments, state, control)
+        assert clock.seconds == pytest.approx([seconds] * 2, abs=0.1)
+        assert order == (["record"] * 4 + ["wait"] * 2 if kind == "cuda" else [])
