@@ -310,7 +310,11 @@ def speculate(config: Recipe = None, settings: Settings = None, show: ShowSettin
 
 
 @app.command(rich_help_panel=WHOLE)
-def report(folder: Annotated[str, typer.Argument(help="A folder that `sparsekd demo` made.")] = "demo") -> None:
+def report(
+    folder: Annotated[
+        str, typer.Argument(help="A folder that `sparsekd demo` made, or one of students that were evaluated.")
+    ] = "demo",
+) -> None:
     """A run's JSON files -> report.html, one self-contained page, and report.json."""
     from sparsekd.report import report as write_report
     from sparsekd.report import terminal_table

@@ -27,6 +27,8 @@ Summary = dict[str, Any]
 
 _PER_SEED = ("perplexity", "bits_per_byte", "ece")
 _STUDENT = re.compile(r"(?P<method>.+)-s(?P<seed>\d+)")
+_RESULTS = ("evaluation.json", "metrics.json")
+_BASELINES = ("ce", "full_kd")
 
 
 def report(folder: str | Path, out: str | Path | None = None) -> Summary:
@@ -50,8 +52,8 @@ def aggregate(folder: str | Path) -> Summary:
     methods = [_method(root, spec, run, notes) for spec in _methods(root, run)]
     if not any(m["students"] for m in methods) and not run:
         raise SourceError(
-            f"no results in {root}: neither run.json nor students/*/evaluation.json is there; "
-            f"make them first, for example with `sparsekd demo out={root}`"
+            f"no results in {root}: neither run.json nor a folder with evaluation.json, in it or in its students/, is "
+            f"there; make them first, with `sparsekd evaluate model={root}/STUDENT` or `sparsekd demo out={root}`"
         )
     compare(methods, notes)
     _name_strangers(root, methods, notes)
@@ -76,15 +78,44 @@ def _methods(root: Path, run: Mapping[str, Any]) -> list[dict[str, Any]]:
     listed = [m for m in _list(run.get("methods")) if isinstance(m, dict) and m.get("name")]
     if listed:
         return listed
-    names = (_STUDENT.fullmatch(p.name) for p in sorted(root.glob("students/*")))
-    return [{"name": name} for name in dict.fromkeys(m["method"] for m in names if m)]
+    first = {name: folder for name, _, folder in reversed(_found(root))}
+    return [_as_trained(name, folder) for name, folder in sorted(first.items(), key=lambda each: each[1])]
+
+
+def _found(root: Path) -> list[tuple[str, int, Path]]:
+    """(method, seed, folder) of the students in `students/`, else in the folder itself: NAME-sSEED, or any other name
+    whose seed its recipe knows."""
+    home = root / "students" if (root / "students").is_dir() else root
+    found = []
+    for folder in sorted(home.glob("*")):
+        named, holds = _STUDENT.fullmatch(folder.name), any((folder / file).exists() for file in _RESULTS)
+        if named and (holds or home != root):
+            found.append((named["method"], int(named["seed"]), folder))
+        elif holds and folder.name != "teacher":
+            seed = _dict(_read(folder / "recipe.json", root, [])).get("seed")
+            found.append((folder.name, seed if isinstance(seed, int) else 0, folder))
+    return found
+
+
+def _as_trained(name: str, folder: Path) -> dict[str, Any]:
+    """A method that run.json does not list, as the recipe of a student of it says: its part, and its cache's place."""
+    recipe = _dict(_read(folder / "recipe.json", folder, []))
+    trained, named = recipe.get("method"), role(name)
+    if trained in _BASELINES:  # which may have read its rows from a cache
+        return {"name": name, "role": trained}
+    cache = _dict(recipe.get("beside")).get("cache")
+    part = "other" if trained and named in _BASELINES else named
+    return {"name": name, "role": part, "cache": cache and os.path.abspath(folder / cache)}
 
 
 def _method(root: Path, spec: Mapping[str, Any], run: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     name = str(spec["name"])
-    seeds = [s for s in _list(run.get("seeds")) if isinstance(s, int)] or _seeds_on_disk(root, name)
-    students = [s for s in (_student(root, name, seed, notes) for seed in seeds) if s]
-    method: dict[str, Any] = {"name": name, "label": str(spec.get("label") or name), "role": role(name)}
+    seeds = [s for s in _list(run.get("seeds")) if isinstance(s, int)]
+    there = [(seed, folder) for method, seed, folder in _found(root) if method == name]
+    wanted = [(seed, root / "students" / f"{name}-s{seed}") for seed in seeds] or sorted(there)
+    students = [s for s in (_student(root, folder, seed, notes) for seed, folder in wanted) if s]
+    part = spec.get("role") or role(name)
+    method: dict[str, Any] = {"name": name, "label": str(spec.get("label") or name), "role": part}
     method |= {"cache": spec.get("cache"), "students": students}
     for key in ("loss", "acceptance", "agreement"):
         method[key] = over_seeds(s[key] and s[key]["mean"] for s in students)
@@ -111,13 +142,7 @@ def role(name: str) -> str:
     return next((kind for prefix, kind in _ROLES.items() if name.startswith(prefix)), "other")
 
 
-def _seeds_on_disk(root: Path, name: str) -> list[int]:
-    found = (_STUDENT.fullmatch(p.name) for p in root.glob("students/*"))
-    return sorted(int(m["seed"]) for m in found if m and m["method"] == name)
-
-
-def _student(root: Path, name: str, seed: int, notes: list[str]) -> dict[str, Any] | None:
-    folder = root / "students" / f"{name}-s{seed}"
+def _student(root: Path, folder: Path, seed: int, notes: list[str]) -> dict[str, Any] | None:
     if not folder.is_dir():
         notes.append(f"students/{folder.name} is missing.")
         return None
@@ -192,23 +217,24 @@ def _storage(
         if not m["cache"]:
             continue
         folder = root / "caches" / str(m["cache"])
-        manifest, stats = (
-            _read(folder / "manifest.json", root, notes),
-            _read(folder / "stats.json", root, notes),
-        )
-        width = _number(_dict(_dict(manifest).get("spec")).get("logit_width")) or width
-        m["bytes_per_token"] = _cache_bytes(_dict(manifest), _dict(stats))
-        m["unique_ids"] = _number(_dict(_dict(stats).get("unique_ids")).get("mean"))
+        manifest = _dict(_read(folder / "manifest.json", root, notes))
+        stats = _dict(_read(folder / "stats.json", root, [])) or _stats_of(manifest)
+        width = _number(_dict(manifest.get("spec")).get("logit_width")) or width
+        m["bytes_per_token"] = _number(stats.get("bytes_per_token"))
+        m["unique_ids"] = _number(_dict(stats.get("unique_ids")).get("mean"))
         if m["bytes_per_token"]:
             bars.append({"name": m["name"], "label": m["label"], "bytes_per_token": m["bytes_per_token"]})
     dense = [{"name": "dense", "label": "All logits, 16 bit", "bytes_per_token": 2 * width}] if width else []
     return dense + bars
 
 
-def _cache_bytes(manifest: Mapping[str, Any], stats: Mapping[str, Any]) -> float | None:
-    totals = _dict(manifest.get("totals"))
-    payload, tokens = _number(totals.get("payload_bytes")), _number(totals.get("tokens"))
-    return _number(stats.get("bytes_per_token")) or (payload / tokens if payload and tokens else None)
+def _stats_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What the demo's stats.json says of a cache, as `inspect.cache_stats` takes it from the manifest."""
+    totals = {key: _number(value) for key, value in _dict(manifest.get("stats")).items()}
+    size = sum(_number(_dict(shard).get("bytes")) or 0 for shard in _list(manifest.get("shards")))
+    tokens, pairs, positions = (totals.get(key) for key in ("tokens", "pairs", "positions"))
+    ids = pairs / positions if pairs and positions else None
+    return {"bytes_per_token": size / tokens if size and tokens else None, "unique_ids": {"mean": ids}}
 
 
 def _unique_ids(root: Path, notes: list[str]) -> dict[str, Any] | None:
@@ -231,7 +257,7 @@ def _name_strangers(root: Path, methods: Sequence[Mapping[str, Any]], notes: lis
 
 def _read(path: Path, root: Path, notes: list[str]) -> dict[str, Any] | None:
     """The JSON object in a file; None with a note where there is none."""
-    name = path.relative_to(root).as_posix()
+    name = (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -116,13 +117,10 @@ def make_run(root: Path, seeds: tuple[int, ...] = (0, 1, 2), losses: dict[str, f
         evaluation(3.871, 0.006, 0.0) | {"acceptance": None, "agreement": None},
     )
     for cache, size in (("topk12", 38.2), ("rs50", 41.7)):
-        totals = {
-            "tokens": 3_100_000,
-            "positions": 3_087_890,
-            "pairs": 37_000_000,
-            "payload_bytes": int(size * 3_100_000),
-        }
-        write(root / "caches" / cache / "manifest.json", {"spec": {"logit_width": 2048}, "totals": totals})
+        totals = {"tokens": 3_100_000, "positions": 3_087_890, "pairs": 37_000_000}
+        shards = [{"bytes": int(size * 1_550_000)}] * 2
+        manifest = {"spec": {"logit_width": 2048}, "stats": totals, "shards": shards}
+        write(root / "caches" / cache / "manifest.json", manifest)
         stats = {"unique_ids": {"mean": 13.2, "histogram": [0, 3, 5]}, "bytes_per_token": size, "rounds": 50}
         write(root / "caches" / cache / "stats.json", stats)
     rounds = [1, 2, 5, 10, 20, 50, 100, 200]
@@ -227,12 +225,13 @@ def test_speed_storage_and_curves(finished: Path) -> None:
 
 
 def test_bytes_per_token_fall_back_to_the_manifest(finished: Path, tmp_path: Path) -> None:
-    """Without stats.json the payload over the tokens is used, and the note says what was missing."""
+    """Without the demo's stats.json the files' bytes over the tokens are used, and the ids over the positions."""
     root = Path(shutil.copytree(finished, tmp_path / "run"))
     (root / "caches/rs50/stats.json").unlink()
     summary = aggregate(root)
     assert by_name(summary)["rs"]["bytes_per_token"] == pytest.approx(41.7)
-    assert summary["notes"] == ["caches/rs50/stats.json is missing."]
+    assert by_name(summary)["rs"]["unique_ids"] == pytest.approx(37_000_000 / 3_087_890)
+    assert summary["notes"] == []
 
 
 def test_seed_statistics_agree_with_the_metrics(finished: Path) -> None:
@@ -309,7 +308,9 @@ def test_no_gap_is_claimed_where_full_distillation_does_not_win(tmp_path: Path) 
 
 def test_an_empty_folder_is_refused_with_the_way_out(tmp_path: Path) -> None:
     """Nothing to report is an error that names the folder and the command that fills it."""
-    with pytest.raises(SourceError, match=r"no results in .*neither run.json nor .* `sparsekd demo out="):
+    with pytest.raises(
+        SourceError, match=r"no results in .*neither run.json nor .* `sparsekd evaluate model=.* or `sparsekd demo out="
+    ):
         report(tmp_path)
     with pytest.raises(SourceError, match="no results"):
         report(tmp_path / "absent")
@@ -373,6 +374,30 @@ def test_students_that_run_json_does_not_know_are_named(finished: Path, tmp_path
     root = Path(shutil.copytree(finished, tmp_path / "run"))
     shutil.copytree(root / "students/rs-s0", root / "students/rs-s9")
     assert aggregate(root)["notes"] == ["students/rs-s9 is not part of run.json and was left out."]
+
+
+@pytest.mark.parametrize("home", ["students", "."])
+def test_students_of_ones_own_need_no_names_of_ours(tmp_path: Path, home: str) -> None:
+    """Folders of any name, no run.json: their recipes say which is the baseline, the seed, and where the cache is."""
+    losses = {"plain": ("ce", 5.0), "full": ("cached", 4.25), "online-s7": ("full_kd", 4.0), "notes": (None, 0)}
+    write(tmp_path / "cache" / "manifest.json", {"stats": {"tokens": 10}, "shards": [{"bytes": 120}]})
+    for name, (method, loss) in losses.items():
+        folder = tmp_path / "mine" / home / name
+        if method is None:
+            write(folder / "notes.txt", "no student")
+            continue
+        beside = {"cache": os.path.relpath(tmp_path / "cache", folder)}
+        write(folder / "recipe.json", {"method": method, "seed": 7, "beside": beside})
+        write(folder / "evaluation.json", {"loss": {"mean": loss}})
+        write(folder / "metrics.json", {"log": []})
+    summary = aggregate(tmp_path / "mine")
+    found = by_name(summary)
+    assert {name: m["role"] for name, m in found.items()} == {"plain": "ce", "full": "other", "online": "full_kd"}
+    assert [s["seed"] for m in summary["methods"] for s in m["students"]] == [7, 7, 7]
+    assert (found["full"]["gap_closed"]["mean"], found["full"]["bytes_per_token"]) == (0.75, 12)
+    assert found["plain"]["bytes_per_token"] is None  # it read its rows there, no targets
+    assert not [note for note in summary["notes"] if "plain" in note or "full" in note or "online" in note]
+    assert render_html(summary).endswith("</html>\n")
 
 
 def test_without_matplotlib_the_tables_stay(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
