@@ -372,7 +372,7 @@ def _any_spec(path: str | Path) -> CacheSpec:
     for _, spec in found_specs(path):
         return spec
     raise IncompleteError(
-        f"{path}: no cache here, neither {MANIFEST} nor a shard that can be read; check the path, or capture it"
+        f"{path}: no cache here, neither its {MANIFEST} nor a shard that can be read; check the path, or capture it"
     )
 
 

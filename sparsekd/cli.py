@@ -113,14 +113,16 @@ def capture(
 
 @app.command(rich_help_panel=CACHE)
 def inspect(
-    cache: Annotated[str, typer.Argument(help="A cache folder or URL.")],
-    row: Annotated[int | None, typer.Option(help="Show this row as text with its targets.")] = None,
-    positions: Annotated[int, typer.Option(min=1, help="How many positions of the row.")] = 24,
+    folder: Annotated[str, typer.Argument(help="A cache (a folder or URL), or a folder of packed rows.")],
+    row: Annotated[int | None, typer.Option(help="Show this row as text, a cache's with its targets.")] = None,
+    positions: Annotated[
+        int | None, typer.Option(min=1, help="How many positions of the row; default: 24 of a cache, else all.")
+    ] = None,
 ) -> None:
-    """What is in a cache, in words and numbers; with --row, one row as text beside its targets."""
-    from sparsekd.inspect import describe_cache
+    """What is in a cache, or in packed rows, in words and numbers; with --row, one row as text (and its targets)."""
+    from sparsekd.inspect import describe
 
-    print(describe_cache(cache, row, positions))
+    print(describe(folder, row, positions))
 
 
 @app.command(rich_help_panel=CACHE)

@@ -1,7 +1,8 @@
-"""What is in a cache, in words and numbers, and any row as text."""
+"""What is in a cache or in packed rows, in words and numbers, and any row as text."""
 
 from __future__ import annotations
 
+import json
 import tempfile
 import textwrap
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import numpy as np
 from sparsekd.cache import CacheReader, Row
 from sparsekd.errors import RecipeError
 from sparsekd.files import is_url, join
+from sparsekd.packed import FORMAT, PackedRow, RowsReader
 from sparsekd.set_table import read_table
 
 Show = Callable[[np.ndarray], str]
@@ -47,19 +49,48 @@ def cache_stats(reader: CacheReader, sample_rows: int = 512) -> dict[str, Any]:
     }
 
 
-def describe_cache(path: str, row: int | None = None, positions: int = 24) -> str:
-    """The page that `sparsekd inspect` prints: the whole cache, or one row decoded as text beside its targets.
+def describe(path: str, row: int | None = None, positions: int | None = None) -> str:
+    """The page that `sparsekd inspect` prints: of a cache, or of what `sparsekd pack` wrote.
 
     Raises:
         RecipeError: there is no such row.
     """
+    return describe_rows(path, row, positions) if _holds_rows(path) else describe_cache(path, row, positions or 24)
+
+
+def describe_cache(path: str, row: int | None = None, positions: int = 24) -> str:
+    """The whole cache, or one row decoded as text beside its targets; RecipeError where there is no such row."""
     with CacheReader(path) as reader:
         if row is None:
             return _overview(path, reader)
-        if not -len(reader) <= row < len(reader):
-            raise RecipeError(f"row={row} is not in {path}; its rows are 0 to {len(reader) - 1}")
+        _check_row(row, len(reader), path)
         with _decoder(path) as show:
             return _row_as_text(reader[row], len(reader), _with_sets(show, reader), positions)
+
+
+def describe_rows(path: str, row: int | None = None, positions: int | None = None) -> str:
+    """Packed rows: all splits in numbers, or the first `positions` tokens of a training row as text, document by
+    document; RecipeError where there is no such row."""
+    with RowsReader(path) as reader:
+        if row is None:
+            return _rows_overview(path, reader)
+        _check_row(row, len(reader), path)
+        with _decoder(path) as show:
+            return _packed_row_as_text(reader[row], len(reader), show, positions)
+
+
+def _holds_rows(path: str) -> bool:
+    if is_url(path):
+        return False
+    try:
+        return bool(json.loads((Path(path) / "manifest.json").read_bytes())["format"] == FORMAT)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False  # whoever opens it as a cache says what it is
+
+
+def _check_row(row: int, rows: int, path: str) -> None:
+    if not -rows <= row < rows:
+        raise RecipeError(f"row={row} is not in {path}; its rows are 0 to {rows - 1}")
 
 
 def _with_sets(show: Show, reader: CacheReader) -> Show:
@@ -274,6 +305,45 @@ def _targets(row: Row, p: int, show: Show, columns: int) -> str:
 
 def _cut(text: str, columns: int) -> str:
     return text if len(text) <= columns else text[: columns - 2] + "…'"
+
+
+# --- packed rows ----------------------------------------------------------------------------------------
+
+
+def _rows_overview(path: str, reader: RowsReader) -> str:
+    manifest = reader.manifest
+    tokenizer, skipped = manifest["tokenizer"], manifest.get("skipped", {})
+    facts = [
+        ("rows", path),
+        ("tokenizer", f"{tokenizer['name']} ({tokenizer['vocab_size']:,} tokens, hash {tokenizer['hash'][:12]})"),
+        (
+            "data",
+            f"{_source(manifest['source'])}; packed with seed {manifest['seed']} to {reader.seq_len} tokens a row",
+        ),
+        ("left out", ", ".join(f"{count:,} {why.replace('_', ' ')}" for why, count in skipped.items() if count)),
+    ]
+    names = ("rows", "documents", "tokens", "supervised", "padding", "bytes")
+    lines = [f"{'':<10}" + "".join(f"{name.replace('supervised', 'learnt'):>14}" for name in names)]
+    for name, split in manifest["splits"].items():
+        lines.append(f"{name:<10}" + "".join(f"{split[key]:>14,}" if key in split else f"{'–':>14}" for key in names))
+    return "\n".join([*(_fact(name, text) for name, text in facts if text), "", *lines])
+
+
+def _packed_row_as_text(row: PackedRow, rows: int, show: Show, positions: int | None) -> str:
+    """Stretch by stretch: where a document begins, and what is not learnt."""
+    size = min(positions or len(row.input_ids), len(row.input_ids))
+    learnt, starts = row.supervised[:size], row.starts[:size]
+    begins = np.flatnonzero(starts | np.diff(learnt, prepend=~learnt[:1]))
+    lines = [
+        f"row {row.index} of {rows}: {len(row.input_ids)} tokens; documents that begin in it: {row.starts.sum()}",
+        "",
+    ]
+    for first, end in zip(begins, [*begins[1:], size], strict=True):
+        text = show(row.input_ids[first:end])
+        words = "document: " * int(starts[first]) + (text if learnt[first] else f"not learnt: {_cut(text, WIDTH - 40)}")
+        where = f"{f'{first}-{end - 1}' if end - first > 1 else first:>9}  "
+        lines += textwrap.wrap(words, WIDTH, initial_indent=where, subsequent_indent=" " * len(where))
+    return "\n".join(lines)
 
 
 @contextmanager

@@ -299,7 +299,10 @@ def _is_canonical(value: Any, text: str) -> bool:
 def check_version(header: dict[str, Any], path: str) -> None:
     """FormatError for a foreign header, VersionError for one from the future."""
     if header.get("format") != FORMAT:
-        raise FormatError(f"{path}: format is {ascii(header.get('format'))[:60]}, expected {FORMAT!r}")
+        found = ascii(header.get("format"))[:60]
+        raise FormatError(
+            f"{path}: format is {found}, expected {FORMAT!r}; give a cache, as `sparsekd capture` writes it"
+        )
     version = header.get("format_version")
     if type(version) is not int or version < 1:
         raise FormatError(f"{path}: format_version is {ascii(version)[:60]}, expected {FORMAT_VERSION}")

@@ -168,7 +168,7 @@ REFUSALS = [
     ("verify {rows}", "rows: no cache here"),
     ("verify {cache} --teacher {home}/none", "no model at"),
     ("inspect {home}/none", "no cache here"),
-    ("inspect {rows}", "format is 'sparsekd-rows', expected 'sparsekd-cache'"),
+    ("inspect {rows} --row 99999", "row=99999 is not in {rows}; its rows are 0 to"),
     ("inspect {newer}", "written by a newer sparsekd"),
     ("inspect {cut}", "shard-00002.safetensors: its tensors end at"),
     ("inspect {cache} --row 99999", "row=99999 is not in {cache}; its rows are 0 to"),
@@ -177,6 +177,7 @@ REFUSALS = [
     # students and evaluation
     ("train cache={home}/none student=tiny out=o", "no cache here"),
     ("train cache={newer} student=tiny out=o", "written by a newer sparsekd"),
+    ("train cache={rows} student=tiny out=o", "expected 'sparsekd-cache'; give a cache, as `sparsekd capture`"),
     ("train cache={cache} student=tiny out=o method=magic", "method='magic' is not one of ce, cached, full_kd"),
     ("train cache={cache} student=tiny out=o schedule=magic", "schedule='magic' is not one of cosine, constant"),
     ("train cache={cache} student=tiny out=o device=banana", "device='banana' is not one of cpu, cuda"),
@@ -199,7 +200,7 @@ REFUSALS = [
     ("demo o --profile huge", "profile='huge' is not one of smoke, quick, full"),
     ("demo out=o profile=huge", "profile='huge' is not one of smoke, quick, full"),
     ("packk", "No such command 'packk'"),
-    ("inspect", "Missing argument 'cache'; sparsekd inspect --help shows what there is"),
+    ("inspect", "Missing argument 'folder'; sparsekd inspect --help shows what there is"),
     ("inspect {cache} --rwo 3", "No such option: --rwo"),
 ]  # fmt: skip
 
@@ -209,7 +210,9 @@ def test_a_mistake_is_answered_in_one_sentence(shell, zoo, tmp_path, line, words
     """Exit code 2, one line on stderr that says what is wrong and what to do, and nothing is left behind."""
     before = sorted(path.name for path in tmp_path.rglob("*"))
     message = shell.refused(line, **zoo)
-    assert words.replace("{home}", zoo["home"]).replace("{cache}", zoo["cache"]) in message
+    for name in ("home", "cache", "rows"):
+        words = words.replace(f"{{{name}}}", zoo[name])
+    assert words in message
     left = [name for name in sorted(path.name for path in tmp_path.rglob("*")) if name not in before]
     assert [name for name in left if name not in ("o", "tokenizer") and "token" not in name] == []
 

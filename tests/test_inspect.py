@@ -13,7 +13,8 @@ import pytest
 from sparsekd.cache import CacheReader
 from sparsekd.capture import capture
 from sparsekd.errors import RecipeError
-from sparsekd.inspect import WIDTH, cache_stats, describe_cache
+from sparsekd.inspect import WIDTH, cache_stats, describe, describe_cache
+from sparsekd.packed import RowsReader
 from sparsekd.rows import pack
 from sparsekd.vocab import load_tokenizer
 
@@ -188,3 +189,35 @@ def test_without_a_tokenizer_ids_are_shown(world, tmp_path):
         ids = reader[0].input_ids
     for path in (str(tmp_path / "c"), f"file://{tmp_path}/c"):
         assert f": {ids[0]} {ids[1]} {ids[2]}" in describe_cache(path, row=0)
+
+
+def test_packed_rows_are_counted_split_by_split(world):
+    """A folder of rows is told from a cache; its page has the manifest's numbers and what was left out."""
+    page = describe(world.rows)
+    with RowsReader(world.rows) as reader:
+        for name, split in reader.manifest["splits"].items():
+            counts = [split[key] for key in ("rows", "documents", "tokens", "supervised", "padding", "bytes")]
+            line = next(line for line in page.splitlines() if line.startswith(name))
+            assert [int(word.replace(",", "")) for word in line.split()[1:]] == counts
+    assert describe(world.cache) == describe_cache(world.cache)
+
+
+@pytest.mark.parametrize("positions", [None, 5])
+def test_a_packed_row_is_its_documents(world, sft, positions):
+    """Each stretch starts where a document or a prompt does, and the stretches together are the row."""
+    for rows in (world.rows, str(Path(sft).parent / "rows")):
+        with RowsReader(rows) as reader:
+            tokenizer, row = reader.tokenizer(), reader[1]
+            shown = positions or len(row.input_ids)
+            stretches = re.findall(
+                r"^ +(\d+)(?:-(\d+))?  (document: )?(not learnt: )?", describe(rows, 1, positions), re.M
+            )
+            spans = [(int(first), int(last or first) + 1, bool(new), not bare) for first, last, new, bare in stretches]
+            assert [place for first, end, *_ in spans for place in range(first, end)] == list(range(shown))
+            assert {first for first, _, new, _ in spans if new} == set(np.flatnonzero(row.starts[:shown]))
+            assert all((row.supervised[first:end] == learnt).all() for first, end, _, learnt in spans)
+            page = "".join(describe(rows, 1, positions).split())
+            for first, end, *_ in (span for span in spans if span[3]):
+                assert "".join(repr(tokenizer.decode(row.input_ids[first:end])).split()) in page
+    with pytest.raises(RecipeError, match=r"row=9999 is not in .*; its rows are 0 to"):
+        describe(world.rows, 9999)
