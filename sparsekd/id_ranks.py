@@ -67,12 +67,13 @@ def ids_of_ranks(data: bytes, logit_width: int) -> Array:
     """[V] uint32: the table's ids, then all others, ascending. FormatError for a table that is no such list."""
     table, used = decode_ints(data, logit_width)
     if used != len(data):
-        raise FormatError(f"its id_rank takes {used} bytes of {len(data)}")
+        raise FormatError(f"its id_rank takes {used} bytes of {len(data)}; the file is damaged")
     if len(table) and int(table.max()) >= logit_width:
-        raise FormatError(f"its id_rank names id {table.max()}, but logit_width={logit_width}")
+        raise FormatError(f"its id_rank names id {table.max()}, but logit_width={logit_width}; the file is damaged")
     rest = np.ones(logit_width, bool)
     rest[table] = False
     others = np.flatnonzero(rest).astype(np.uint32)
     if len(table) + len(others) != logit_width:
-        raise FormatError(f"its id_rank names {len(table)} ids, {logit_width - len(others)} of them different")
+        distinct = logit_width - len(others)
+        raise FormatError(f"its id_rank names {len(table)} ids, {distinct} of them different; the file is damaged")
     return np.concatenate([table, others])

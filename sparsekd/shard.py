@@ -191,7 +191,7 @@ class ShardReader:
         try:
             return ids_of_ranks(table, width)
         except FormatError as error:
-            raise FormatError(f"{self.path}: {error}; the file is damaged") from None
+            raise FormatError(f"{self.path}: {error}") from None
 
     def __len__(self) -> int:
         return len(self._crcs)

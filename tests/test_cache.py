@@ -101,6 +101,15 @@ def test_a_row_reads_back_as_it_was_written(cache):
     assert verify(cache).problems == []
 
 
+def test_a_reader_says_what_it_reads(cache):
+    """And a writer takes its own shards only."""
+    made = "5 rows of 16 tokens, sampler=random_sampling, codec=raw24"
+    assert repr(CacheReader(cache)) == f"CacheReader({str(cache)!r}: {made})"
+    for shard in (-1, 3):
+        with pytest.raises(IndexError, match=f"shard {shard} of 3"):
+            CacheWriter(cache, make_spec()).write(shard, [])
+
+
 # --- reading --------------------------------------------------------------------------------------------
 
 

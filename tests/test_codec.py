@@ -551,6 +551,12 @@ def test_importance_draws_are_stored_unweighed_by_default(normalize, name):
         (spec_of("ratio32", 10, 5), r"ratio32 takes the keys .*'normalize', 'rounds', 'temperature'"),
         (spec_of("ratio32", 10, 5, temperature=1, normalize=True), "temperature=1; draws with .* need raw24"),
         (spec_of("ratio48", 10, 5, temperature=float("nan"), normalize=True), "temperature=nan"),
+        (
+            spec_of("ratio48", 10, 5, temperature=10.5, normalize=True),
+            r"from 0 to 10 that is not 1, .* temperature=10\.5",
+        ),
+        (spec_of("ratio48", 10, 5, temperature=-0.5, normalize=True), r"temperature=-0\.5"),
+        (spec_of("ratio48", 10, 5, temperature="0.5", normalize=True), "temperature='0.5'"),
         (spec_of("ratio48", 10, 5, temperature=0.8, normalize=1), "normalize=1"),
     ],
 )

@@ -306,11 +306,34 @@ def test_ranks_are_by_use_then_by_id():
     assert found.ranks[found.ids].tolist() == list(range(6))
 
 
-@pytest.mark.parametrize(("table", "words"), [([3, 3], "names 2 ids, 1 of them different"), ([6], "names id 6")])
-def test_a_table_that_is_no_permutation_is_refused(table, words):
-    """Repeated ids and ids beyond the vocabulary."""
+@pytest.mark.parametrize(
+    ("table", "more", "words"),
+    [
+        ([3, 3], b"", "names 2 ids, 1 of them different"),
+        ([6], b"", "names id 6"),
+        ([5], b"\0", r"id_rank takes \d+ bytes of \d+"),
+        ([0, 1, 2, 3, 4, 5, 0], b"", "declares 7 values, at most 6 fit"),
+    ],
+)
+def test_a_table_that_is_no_permutation_is_refused(table, more, words):
+    """Repeated ids, ids beyond the vocabulary, more bytes or more ids than there can be."""
     with pytest.raises(FormatError, match=words):
-        ids_of_ranks(encode_ints([table]), 6)
+        ids_of_ranks(encode_ints([table]) + more, 6)
+
+
+def test_a_row_that_no_reader_would_allocate_is_not_written(monkeypatch):
+    """A row whose list would be longer than what is read of hostile ones: an entry is up to 4 values of it."""
+    flat, supervised = draws(np.random.default_rng(0), 9), np.arange(10) > 0
+    values = 4 * len(flat.ids) + 10
+    for most, fits in ((values, True), (values - 1, False)):
+        monkeypatch.setattr("sparsekd.codec_split.MOST_VALUES", most)
+        monkeypatch.setattr("sparsekd.codec_split_fast.MOST_VALUES", most)
+        if fits:
+            assert encode_row(np.zeros(10, np.uint32), flat, supervised, spec_of(V))
+            continue
+        words = f"{len(flat.ids)} entries and 10 input ids, split holds {most} together, .* make rows shorter"
+        with pytest.raises(MismatchError, match=words):
+            encode_row(np.zeros(10, np.uint32), flat, supervised, spec_of(V))
 
 
 ROWS, LENGTH = 6, 64

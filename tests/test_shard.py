@@ -118,6 +118,15 @@ def test_a_header_that_promises_other_rows_is_not_written(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("width", [None, True, 0, 2**24 + 1])
+def test_ranks_of_no_vocabulary_are_refused(tmp_path, width):
+    """What a table of ids would allocate is checked before it is read."""
+    header = make_header() | {"spec": {"seq_len": SEQ_LEN} | ({} if width is None else {"logit_width": width})}
+    write_shard(tmp_path / "shard", header, make_rows(), id_rank=b"")
+    with pytest.raises(FormatError, match=f"shard: has an id_rank, but logit_width={width}"):
+        ShardReader(tmp_path / "shard")
+
+
 # --- over fsspec ----------------------------------------------------------------------------------------
 
 
