@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from conftest import SEQ_LEN, folder_bytes
@@ -10,7 +12,7 @@ from typer.testing import CliRunner
 import sparsekd as skd
 from sparsekd import models
 from sparsekd.adding import add_draws
-from sparsekd.cache import verify
+from sparsekd.cache import CacheWriter, verify
 from sparsekd.capture import capture
 from sparsekd.cli import app
 from sparsekd.errors import MismatchError, RecipeError
@@ -165,6 +167,8 @@ def test_more_rounds_than_the_codec_holds_take_a_wider_one(world, parts, tmp_pat
     second = make(world, tmp_path / "y", "systematic", 55, 5, **codecs)
     assert merge(caches=[first, second], out=tmp_path / "xy")["spec"]["codec"]["rounds"] == 65
     assert (dense_counts(tmp_path / "xy", 3).sum(-1) == 65).all()
+    assert merge(caches=[first, second], out=tmp_path / "wide", codec="raw40")["spec"]["codec"]["name"] == "raw40"
+    assert np.array_equal(dense_counts(tmp_path / "wide", 3), dense_counts(tmp_path / "xy", 3))
     with pytest.raises(RecipeError, match=r"codec raw24 holds 1 to 64 rounds, but rounds=65"):
         merge(caches=[first, second], out=tmp_path / "narrow", codec="raw24")
     with pytest.raises(RecipeError, match="codec=prob24 does not hold counts"):
@@ -196,6 +200,21 @@ def test_what_does_not_add_up_is_refused(world, parts, tmp_path):
     with pytest.raises(RecipeError, match="merge needs two caches or more, got 1"):
         merge(caches=[parts["a"]], out=home / "out")
     assert not (home / "out").exists()
+
+
+def test_rows_that_are_not_those_they_are_said_to_be(parts, tmp_path):
+    """Caches that name the same rows and hold others: compared as they are read, and said which."""
+    with skd.CacheReader(parts["a"]) as reader:
+        spec = replace(reader.spec, sampler=reader.spec.sampler | {"seed": 9})
+        writer = CacheWriter(tmp_path / "other", spec)
+        for shard in range(spec.shards):
+            records = [reader.record(row) for row in spec.shard_range(shard)]
+            if shard == 1:
+                records[2] = replace(records[2], input_ids=records[2].input_ids[::-1])
+            writer.write(shard, records)
+        writer.finalize()
+    with pytest.raises(MismatchError, match=r"row 10 of .*a and of .*other differ in input_ids"):
+        merge(caches=[parts["a"], str(tmp_path / "other")], out=tmp_path / "out")
 
 
 def test_the_verb(parts, tmp_path):
