@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsekd.losses import shared_out
 from sparsekd.uld import IGNORED, Tokenized, next_token_loss
 
 
@@ -61,8 +62,8 @@ def shared_chunks(tokens: Tokenized, teacher_tokens: Tokenized) -> Chunks:
 
 def chunk_log_p(log_p: Tensor, chunks: Tensor, count: int) -> Tensor:
     """[C] the log-probabilities of chunks: the sums of their tokens'; log_p and chunks [B, L], by position."""
-    kept = chunks >= 0
-    return log_p.new_zeros(count).index_add(0, chunks[kept].to(log_p.device), log_p[kept.to(log_p.device)])
+    slots = chunks.where(chunks >= 0, count).to(log_p.device, non_blocking=True)  # the last is for what is in none
+    return log_p.new_zeros(count + 1).index_add(0, slots.flatten(), log_p.flatten())[:count]
 
 
 def realised_log_p(logits: Tensor, labels: Tensor) -> Tensor:
@@ -106,12 +107,12 @@ def alm(
             f"teacher_log_p {tuple(teacher_log_p.shape)} and the teacher's labels "
             f"{tuple(teacher_tokens.labels.shape)} differ; give one number for each token"
         )
-    chunks = shared_chunks(tokens, teacher_tokens)
+    chunks = shared_chunks(tokens.on_host(), teacher_tokens.on_host())
     log_q = chunk_log_p(realised_log_p(logits, tokens.labels), chunks.student, chunks.count)
     log_p = chunk_log_p(teacher_log_p.to(log_q), chunks.teacher, chunks.count)
     losses = coin_losses(log_q, log_p, temperature=temperature, smallest=smallest)
     count = max(chunks.count, 1) if num_items_in_batch is None else num_items_in_batch
-    loss = alm_weight * losses.sum() / torch.as_tensor(count, device=losses.device)
+    loss = alm_weight * shared_out(losses.sum(), count)
     return loss + ce_weight * next_token_loss(logits, tokens.labels, num_items_in_batch) if ce_weight else loss
 
 

@@ -192,5 +192,10 @@ def reduce(losses: Tensor, keep: Tensor, reduction: str, num_items: Tensor | int
         raise ValueError(f"reduction={reduction!r} is not one of mean, sum, none")
     total = losses.sum()
     if num_items is not None:
-        return total / torch.as_tensor(num_items, device=total.device)
+        return shared_out(total, num_items)
     return total if reduction == "sum" else total / keep.sum().clamp(min=1)
+
+
+def shared_out(total: Tensor, count: Tensor | int) -> Tensor:
+    """total / count, and an accelerator is not waited for to take a count that the host knows."""
+    return total / (count.to(total.device, non_blocking=True) if isinstance(count, Tensor) else count)

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparsekd.errors import RecipeError
-from sparsekd.losses import row_chunks
+from sparsekd.losses import row_chunks, shared_out
 from sparsekd.sketch import SortedCurve, sorted_curve, spread
 from sparsekd.targets import SparseTargets
 
@@ -47,6 +47,12 @@ class Tokenized:
     starts: Tensor | None = None
     ends: Tensor | None = None
 
+    def on_host(self) -> Tokenized:
+        """The same on the host, which finds out what belongs together: a loop over rows that asks at every turn."""
+        labels, starts, ends = (None if each is None else each.cpu() for each in (self.labels, self.starts, self.ends))
+        assert labels is not None
+        return Tokenized(labels=labels, starts=starts, ends=ends)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pairs:
@@ -55,6 +61,13 @@ class Pairs:
     rows: Tensor
     student: Tensor
     teacher: Tensor
+
+    def to(self, device: torch.device) -> Pairs:
+        """The same pairs on another device."""
+        rows, student, teacher = (
+            each.to(device, non_blocking=True) for each in (self.rows, self.student, self.teacher)
+        )
+        return Pairs(rows=rows, student=student, teacher=teacher)
 
 
 # --- pairing ------------------------------------------------------------------------------------------------
@@ -159,9 +172,9 @@ def uld(
         raise ValueError(f"align={align!r} is not one of {', '.join(PAIRINGS)}")
     _check_shapes(logits, teacher, tokens.labels, teacher_tokens.labels)
     rule = {} if skip_student_eos is None else {"skip_student_eos": skip_student_eos}
-    pairs = PAIRINGS[align](tokens, teacher_tokens, **rule)
+    pairs = PAIRINGS[align](tokens.on_host(), teacher_tokens.on_host(), **rule).to(logits.device)
     distances = paired_distances(logits, teacher, pairs, allow_biased=allow_biased)
-    loss = uld_weight * _mean_of_rows(distances, pairs.rows.to(logits.device), len(logits), num_items_in_batch)
+    loss = uld_weight * _mean_of_rows(distances, pairs.rows, len(logits), num_items_in_batch)
     return loss + ce_weight * next_token_loss(logits, tokens.labels, num_items_in_batch) if ce_weight else loss
 
 
@@ -208,7 +221,7 @@ def next_token_loss(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor |
     flat, wanted = logits[:, :-1].flatten(0, 1).to(dtype), labels[:, 1:].flatten().to(logits.device)
     total = F.cross_entropy(flat, wanted, ignore_index=IGNORED, reduction="sum")
     count = (wanted != IGNORED).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-    return total / torch.as_tensor(count, device=total.device)
+    return shared_out(total, count)
 
 
 def _at(teacher: Tensor | SortedCurve | SparseTargets, pairs: Pairs) -> Any:
@@ -221,9 +234,10 @@ def _at(teacher: Tensor | SortedCurve | SparseTargets, pairs: Pairs) -> Any:
 def _mean_of_rows(distances_N: Tensor, rows_N: Tensor, count: int, num_items: Tensor | int | None) -> Tensor:
     """The mean over rows of their means (0 for a row without a pair), or the sum over `num_items`."""
     if num_items is not None:
-        return distances_N.sum() / torch.as_tensor(num_items, device=distances_N.device)
+        return shared_out(distances_N.sum(), num_items)
     sums = distances_N.new_zeros(count).index_add(0, rows_N, distances_N)
-    return (sums / torch.bincount(rows_N, minlength=count).clamp(min=1)).mean()
+    pairs = torch.zeros_like(sums).index_add_(0, rows_N, torch.ones_like(distances_N))
+    return (sums / pairs.clamp(min=1)).mean()
 
 
 def _check_shapes(logits: Tensor, teacher: Any, labels: Tensor, teacher_labels: Tensor) -> None:

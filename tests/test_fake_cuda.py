@@ -24,7 +24,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import sparsekd as skd
-from sparsekd import drawing, evaluate, heads, inversion, losses, metrics, models, samplers, sketch, speculate, student
+from sparsekd import (
+    alm,
+    drawing,
+    evaluate,
+    heads,
+    inversion,
+    losses,
+    metrics,
+    models,
+    samplers,
+    sketch,
+    speculate,
+    student,
+    uld,
+)
 from sparsekd.cache import CacheSpec
 from sparsekd.codec import CODECS, codec_spec, default_codec
 from sparsekd.divergences import DIVERGENCES, full_divergence, sparse_divergence
@@ -34,7 +48,6 @@ from sparsekd.residuals import RESIDUALS, hard_token_weights
 from sparsekd.rng import Keys
 from sparsekd.row_losses import LossOptions, prepare
 from sparsekd.targets import SparseTargets
-from sparsekd.uld import sorted_distance
 from sparsekd.vocabulary_order import _ranks
 
 N, B, L, V, K = 6, 2, 16, 100, 5
@@ -52,7 +65,8 @@ class NothingWaits(TorchDispatchMode):
         kwargs, name = kwargs or {}, function.name()
         out = function(*args, **kwargs)
         tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
-        kinds = {x.device.type for x in tensors if x.dim() or x.is_cuda}
+        copies = name in ("aten::_to_copy", "aten::copy_")
+        kinds = {x.device.type for x in tensors if x.dim() or x.is_cuda or copies}
         unwaited = kwargs.get("non_blocking") or (name == "aten::copy_" and len(args) > 2 and args[2])
         if len(kinds) > 1 and not unwaited:
             raise HostWaits(f"{name}: {[(tuple(x.shape), str(x.device)) for x in tensors]}")
@@ -127,6 +141,7 @@ def tiny_model(dtype: torch.dtype = torch.bfloat16) -> Any:
     [
         lambda x: x + torch.ones(3),
         lambda x: torch.tensor([1, 2], device="cuda"),
+        lambda x: x / torch.as_tensor(7, device=x.device),
         lambda x: x.cpu(),
         lambda x: x.sum().item(),
         lambda x: bool((x > 0).any()),
@@ -239,7 +254,26 @@ def test_other_losses_wait_for_nothing(gpu):
             full_divergence(dense, dense, name, labels=labels, num_items_in_batch=7)
         sparse_divergence(dense, targets(B, L, K), "mse", labels=labels)
         hard_token_weights(targets(B, L, K), labels, ratio=2.0)
-        sorted_distance(floats(N, V), sketch.sorted_curve(floats(N, V + 20)))
+
+
+def test_losses_across_vocabularies_wait_for_their_pairs_alone(gpu, monkeypatch):
+    """What belongs together is found on the host (`Tokenized.on_host`); what follows waits for nothing."""
+    pairs = uld.Pairs(rows=torch.zeros(N).long(), student=torch.zeros(N).long(), teacher=torch.zeros(N).long())
+    chunks = alm.Chunks(student=torch.zeros(B, L).long(), teacher=torch.zeros(B, L + 2).long(), count=N)
+    seen: list[bool] = []
+
+    def found(answer: Any) -> Any:
+        return lambda mine, other, **_: (seen.extend(x.labels.is_cuda for x in (mine, other)), answer)[1]
+
+    monkeypatch.setitem(uld.PAIRINGS, "index", found(pairs))
+    monkeypatch.setattr(alm, "shared_chunks", found(chunks))
+    monkeypatch.setattr(uld.Tokenized, "on_host", lambda tokens: uld.Tokenized(labels=torch.zeros(1)))
+    tokens, theirs = (uld.Tokenized(labels=ids(B, length)) for length in (L, L + 2))
+    with NothingWaits():
+        for teacher in (floats(B, L + 2, V + 20), sketch.sorted_curve(floats(B, L + 2, V + 20))):
+            uld.uld(floats(B, L, V), teacher, tokens=tokens, teacher_tokens=theirs)
+        alm.alm(floats(B, L, V), floats(B, L + 2), tokens=tokens, teacher_tokens=theirs, ce_weight=1.0)
+    assert seen == [False] * 6
 
 
 METHODS: list[dict[str, Any]] = [
