@@ -47,6 +47,8 @@ def pack(config: Recipe = None, settings: Settings = None, show: ShowSettings = 
     manifest = _run("pack", config, settings, show)
     for name, split in manifest["splits"].items():
         print(f"{name:>8}: {split['rows']:,} rows, {split['tokens']:,} tokens, {many(split['documents'], 'document')}")
+    if any(manifest["skipped"].values()):
+        print("left out: " + listed({why: count for why, count in manifest["skipped"].items() if count}))
 
 
 @app.command(epilog=_example("repack", "rows=rows tokenizer=OTHER out=other-rows"), rich_help_panel=CACHE)
@@ -404,11 +406,18 @@ def main() -> None:
     except Exception as error:
         if not type(error).__module__.startswith(("click", "typer")):
             raise
+        if type(error).__name__ == "NoArgsIsHelpError":  # the help is its message
+            raise SystemExit(2) from None
         _fail(_usage(error))
 
 
 def _usage(error: Any) -> str:
     """A usage error of the command line itself, with where to read on."""
+    from sparsekd.recipes import STAGES
+
     path = getattr(getattr(error, "ctx", None), "command_path", "sparsekd")
-    message = error.format_message() if hasattr(error, "format_message") else str(error)
-    return f"{message.rstrip('.?')}; {path} --help shows what there is"
+    message = (error.format_message() if hasattr(error, "format_message") else str(error)).rstrip(".?")
+    option = getattr(error, "option_name", None)
+    if option and path.split()[-1] in STAGES:
+        message += f"; settings have no dashes: {option.lstrip('-').replace('-', '_')}=VALUE"
+    return f"{message}; {path} --help shows what there is"

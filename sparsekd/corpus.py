@@ -24,6 +24,12 @@ TEXT_BY = ("document", "paragraph", "line")
 PROMPT_FIELDS = ("prompt", "instruction")
 CONTEXT_FIELDS = ("input", "context")
 RESPONSE_FIELDS = ("response", "completion", "output")
+# What would be read as prose (a table), or be refused for its bytes alone.
+_NOT_READ = {
+    (".csv", ".tsv"): "make JSON lines or Parquet of the table (datasets.load_dataset('csv', data_files=...))",
+    (".zst", ".xz", ".bz2", ".zip", ".tar", ".tgz"): "unpack it (of compressed files only .gz is read)",
+    (".arrow",): "give the folder that save_to_disk wrote",
+}
 NEEDS_DATASETS = "{what} needs the package `datasets`: pip install 'sparsekd[data]'"
 
 
@@ -161,6 +167,9 @@ def _read(origin: Origin, how: Reading) -> Iterator[Document]:
 
 def _read_file(path: str, how: Reading) -> Iterator[Document]:
     name = path.lower().removesuffix(".gz")
+    for suffixes, way_out in _NOT_READ.items():
+        if name.endswith(suffixes):
+            raise SourceError(f"{path} is no text; {way_out}, or leave it out of source")
     if name.endswith(".parquet"):
         return _read_parquet(path, how)
     if name.endswith(JSON_LINES):

@@ -44,9 +44,15 @@ def evaluate(
     Only supervised tokens count. Means come with their standard error over rows (None when there is one row).
 
     Args:
+        model: a folder that save_pretrained or `sparsekd train` wrote, or a hub id.
+        rows: what `sparsekd pack` wrote with the model's tokenizer.
         split: of the rows; its first `limit_rows` are used.
         teacher: compare with this model of the same tokenizer.
+        out: the folder that takes evaluation.json; default: the model's.
         batch_size: rows of a forward pass; changes no result beyond rounding.
+        limit_rows: only the first rows of the split.
+        dtype: float32, bfloat16 or float16, of the model and the teacher.
+        device: "cpu", "cuda" or "cuda:N"; default: the accelerator where there is one.
         progress: called with (rows done, rows in all).
 
     Returns:

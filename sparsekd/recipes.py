@@ -43,6 +43,28 @@ STAGES = {
 # Arguments that code passes and files cannot.
 _NOT_SETTINGS = {"progress", "callbacks"}
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+# What transformers and others call a setting of ours.
+_ELSEWHERE = {
+    "lr": "learning_rate",
+    "lr_scheduler_type": "schedule",
+    "gradient_accumulation_steps": "grad_accum",
+    "per_device_train_batch_size": "batch_size",
+    "per_device_eval_batch_size": "batch_size",
+    "num_train_epochs": "epochs",
+    "bf16": "dtype=bfloat16",
+    "torch_dtype": "dtype",
+    "output_dir": "out",
+    "logging_steps": "log_steps",
+    "save_total_limit": "keep_checkpoints",
+    "dataloader_num_workers": "dataloader_workers",
+    "alpha": "ce_weight",
+    "rounds": "sampler.rounds",
+    "k": "sampler.k",
+    "temperature": "sampler.temperature",
+    "block_size": "seq_len",
+    "dataset": "source",
+    "column": "field",
+}
 _WIDTH = 100  # of the page that --settings prints
 
 
@@ -151,7 +173,9 @@ def _explain(verb: str, model: type[BaseModel], values: Mapping[str, Any], error
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")  # a typo explains a missing setting
     name = str(first["loc"][0])
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(name, model.model_fields, n=1)
+        elsewhere = _ELSEWHERE.get(name, "")
+        known = re.split(r"[.=]", elsewhere)[0] in model.model_fields
+        near = [elsewhere] if known else difflib.get_close_matches(name, model.model_fields, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(model.model_fields)}"
         return f"{verb} has no setting {name!r}{hint}"
     if first["type"] == "missing" and len(first["loc"]) == 1:

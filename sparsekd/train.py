@@ -91,6 +91,7 @@ def train(
     and `metrics.json`; run the same call again to resume at exactly the next row after the last checkpoint.
 
     Args:
+        out: the folder that takes the student and its checkpoints; the same call on it goes on.
         student: a new one of a size (tiny, mini, small, 10m, 30m, 100m, 300m, 1b, 3b, or a dict of sizes), or a
             checkpoint (path or hub id); for "uld" and "alm" also an encoder-decoder, which learns the answers of
             instruction rows.

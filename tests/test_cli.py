@@ -202,6 +202,7 @@ REFUSALS = [
     ("packk", "No such command 'packk'"),
     ("inspect", "Missing argument 'folder'; sparsekd inspect --help shows what there is"),
     ("inspect {cache} --rwo 3", "No such option: --rwo"),
+    ("pack --seq-len 32", "No such option: --seq-len; settings have no dashes: seq_len=VALUE; sparsekd pack --help"),
 ]  # fmt: skip
 
 
@@ -215,6 +216,13 @@ def test_a_mistake_is_answered_in_one_sentence(shell, zoo, tmp_path, line, words
     assert words in message
     left = [name for name in sorted(path.name for path in tmp_path.rglob("*")) if name not in before]
     assert [name for name in left if name not in ("o", "tokenizer") and "token" not in name] == []
+
+
+def test_no_command_at_all_is_answered_with_the_help(shell):
+    """The verbs on stdout, and nothing on stderr beside them."""
+    code, out, err = shell("")
+    assert (code, err) == (2, "")
+    assert "Usage: sparsekd" in out
 
 
 def test_rows_beyond_the_teachers_context_are_refused(shell, zoo, tmp_path):
@@ -299,9 +307,12 @@ def test_an_interrupt_says_that_work_is_kept(shell, zoo, monkeypatch):
 def test_the_whole_way_by_command_line(shell, zoo, tmp_path):
     """pack -> capture -> inspect -> train -> evaluate, with a recipe file; each verb ends with its numbers."""
     Path("c.yaml").write_text(f"rows: rows\nteacher: {zoo['teacher']}\nout: cache\nsampler: random_sampling\n")
-    line = "pack source={corpus} tokenizer={rows}/tokenizer seq_len=32 heldout=0.1 limit_tokens=3000 out=rows"
+    Path("empty.jsonl").write_text('{"text": ""}\n' * 3)
+    source = "pack source=[empty.jsonl,{corpus}]"
+    line = f"{source} tokenizer={{rows}}/tokenizer seq_len=32 heldout=0.1 limit_tokens=3000 out=rows"
     code, out, err = shell(line, **zoo)
     assert (code, err) == (0, "")
+    assert out.endswith("left out: 3 blank\n")
     assert re.search(r"train: \d+ rows, [\d,]+ tokens, \d+ documents\n +heldout: \d+ rows", out)
     code, out, err = shell("capture -c c.yaml sampler.rounds=12 device=cpu")
     assert (code, err) == (0, "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,23 @@ def test_text_that_is_not_utf8_names_the_byte(tmp_path: Path) -> None:
     for text_by in corpus.TEXT_BY:
         with pytest.raises(SourceError, match=r"a\.txt is not UTF-8: byte 0xe9 at offset 12; convert it \(iconv"):
             texts_of(tmp_path / "a.txt", text_by=text_by)
+
+
+@pytest.mark.parametrize(
+    ("name", "way_out"),
+    [
+        ("a.csv", r"load_dataset\('csv', data_files=\.\.\.\)\), or leave it out"),
+        ("A.TSV.gz", "make JSON lines or Parquet"),
+        ("a.tar.gz", "unpack it"),
+        ("a.jsonl.zst", r"unpack it \(of compressed files only \.gz is read\)"),
+        ("a.arrow", "give the folder that save_to_disk wrote"),
+    ],
+)
+def test_a_file_that_is_no_text_is_refused_with_what_to_make_of_it(tmp_path: Path, name: str, way_out: str) -> None:
+    """A table would be read as prose, commas, quotes and all; whatever is in the file, its name says enough."""
+    (tmp_path / name).write_text("text\nhello\n")
+    with pytest.raises(SourceError, match=rf"{re.escape(name)} is no text; .*{way_out}"):
+        list(documents(str(tmp_path)))
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.txt.gz", "a.parquet", "saved"])

@@ -68,10 +68,10 @@ def test_what_is_required_is_asked_for_by_name(verb):
 
 @pytest.mark.parametrize("verb", STAGES)
 def test_every_setting_is_listed_with_its_meaning(verb):
-    """--settings shows each setting once, and what is required; documented ones carry their docstring's words."""
+    """--settings shows each setting once, what is required, and its docstring's words under it."""
     text = settings_text(verb)
     for name in recipe_of(stage(verb)).model_fields:
-        assert text.count(f"\n  {name} (") + text.startswith(f"  {name} (") == 1
+        assert len(re.findall(rf"^  {name} \(.*\n {{6}}\S", text, re.M)) == 1
     for name in REQUIRED[verb]:
         assert "required" in next(line for line in text.splitlines() if line.startswith(f"  {name} ("))
     assert max(map(len, text.splitlines())) <= 100
@@ -91,6 +91,11 @@ def test_an_unknown_key_is_refused_with_the_nearest_one():
     """A typo is named before a missing setting is: it explains it."""
     with pytest.raises(RecipeError, match="pack has no setting 'seq_length'; did you mean 'seq_len'"):
         read_recipe("pack", None, ["seq_length=32"])
+    for name, ours in (("lr", "learning_rate"), ("bf16", "dtype=bfloat16"), ("num_train_epochs", "epochs")):
+        with pytest.raises(RecipeError, match=f"train has no setting '{name}'; did you mean '{ours}'"):
+            check("train", {name: 1})
+    with pytest.raises(RecipeError, match=r"capture has no setting 'rounds'; did you mean 'sampler.rounds'"):
+        check("capture", {"rounds": 50})
     with pytest.raises(RecipeError, match="evaluate has no setting 'zzz'; it has model, rows, split"):
         read_recipe("evaluate", None, words("evaluate", zzz=1))
 
