@@ -1,4 +1,4 @@
-"""What a cache of counts costs in each codec, beside the entropy of its data: bytes per token and rates, in one run.
+"""What a cache costs in each codec, counts beside the entropy of their data: bytes per token and rates, in one run.
 
     python benchmarks/codec.py [CACHE] [--rows 0] [--seq-len 0] [--rounds 50]
 
@@ -7,6 +7,9 @@ its draws are taken (--rounds of them). Bytes and the first two rates are those 
 input ids and ids by rank included. Decoding is to the flat arrays of a row, each let go before the next; "16 dec"
 decodes 16 rows by one call into memory used again, "16 padded" goes on to padded arrays; a codec without such a call
 takes them one by one. Where the extra `fast` is installed, what it compiles has lines of its own.
+
+Of a cache of weights (a transcoded or pooled one) there is no floor, and rounding is part of the cost: "rounding" is
+the squared error that a codec adds, over Σ w².
 
 The floor is that of a model which knows, as empirical frequencies of this very data: how often each partition of N into
 counts occurs, and how often each id does; ids of one count of a position are a set. A position with groups of g_1, g_2,
@@ -31,9 +34,20 @@ import pyarrow.parquet as pq
 
 from sparsekd import compiled
 from sparsekd.cache import CacheReader, RowRecord
-from sparsekd.codec import CODECS, COUNTS, FlatTargets, codec_spec, decode, decode_row, decode_rows, encode, encode_row
+from sparsekd.codec import (
+    CODECS,
+    COUNTS,
+    WEIGHTS,
+    FlatTargets,
+    codec_spec,
+    decode,
+    decode_row,
+    decode_rows,
+    encode,
+    encode_row,
+)
 from sparsekd.codec_ints import zstd_version
-from sparsekd.errors import RecipeError
+from sparsekd.errors import MismatchError, RecipeError
 from sparsekd.id_ranks import id_ranks
 from sparsekd.padded import pad_joined, pad_rows
 
@@ -85,7 +99,7 @@ def measure_codec(name: str, records: list[RowRecord], width: int) -> list[float
     sizes = [len(flat.sizes) for flat in flats]
     tokens = sum(sizes)
     encoding = best_seconds(lambda: [encode(flat, spec) for flat in flats])
-    decoding = best_seconds(lambda: all(decode(b, n, spec).rounds for b, n in zip(blocks, sizes, strict=True)))
+    decoding = best_seconds(lambda: [len(decode(b, n, spec).ids) for b, n in zip(blocks, sizes, strict=True)])
     rows = [encode_row(r.input_ids, r.targets, r.supervised, spec, ranks) for r in records]
     row_encoding = best_seconds(
         lambda: [encode_row(r.input_ids, r.targets, r.supervised, spec, ranks) for r in records]
@@ -126,18 +140,32 @@ def _renamed(flat: FlatTargets, ranks: np.ndarray) -> FlatTargets:
 
 
 def _check(found: tuple[np.ndarray, FlatTargets], record: RowRecord) -> None:
-    """A figure of a codec that is not lossless would be none."""
-    keys = [
-        np.sort((f.positions * 2**20 + f.ids) * 2**20 + f.values.astype(np.int64)) for f in (found[1], record.targets)
-    ]
+    """A figure of a codec that loses a count or an id would be none; weights may err by 9 %, as `prob24` says."""
     assert (found[0] == record.input_ids).all()
-    assert (keys[0] == keys[1]).all()
+    pairs = [(f.values[o], (f.positions[o] << 20) + f.ids[o]) for f in (found[1], record.targets) for o in [_by_id(f)]]
+    assert (pairs[0][1] == pairs[1][1]).all()
+    np.testing.assert_allclose(pairs[0][0], pairs[1][0], rtol=0 if record.targets.rounds else 0.09)
+
+
+def _by_id(flat: FlatTargets) -> np.ndarray:
+    return np.lexsort((flat.ids, flat.positions))
+
+
+def rounding(name: str, records: list[RowRecord], width: int) -> float:
+    """Squared error of a codec of weights over the sum of their squares."""
+    flat = FlatTargets.join([record.targets for record in records])
+    spec = codec_spec(name, logit_width=width, rounds=None)
+    found = decode(encode(flat, spec), len(flat.sizes), spec)
+    off = found.values[_by_id(found)].astype(np.float64) - flat.values[_by_id(flat)]
+    return float((off**2).sum() / (flat.values.astype(np.float64) ** 2).sum())
 
 
 def measure_parquet(records: list[RowRecord], row_groups: bool) -> tuple[float, float, float]:
-    """Two list columns (ids, counts), zstd-3: bytes per position, Mtokens/s both ways, to flat arrays and offsets."""
+    """Two list columns (ids, counts or weights), zstd-3: bytes per position, Mtokens/s both ways, to flat arrays and
+    offsets."""
     flat = FlatTargets.join([record.targets for record in records])
-    counts = flat.values.astype(np.uint8 if int(flat.values.max()) < 256 else np.uint32)
+    small = flat.rounds is not None and int(flat.values.max()) < 256
+    counts = flat.values.astype(np.uint8) if small else flat.values
     offsets = np.concatenate([[0], np.cumsum(flat.sizes)]).astype(np.int32)
 
     def write() -> bytes:
@@ -221,9 +249,10 @@ def report(path: str, most_rows: int, seq_len: int) -> None:
         records = [reader.record(row) for row in range(min(len(reader), most_rows or len(reader)))]
     records = cut(records, seq_len) if seq_len else records
     flat = FlatTargets.join([record.targets for record in records])
-    if flat.rounds is None or flat.importance is not None:
-        raise RecipeError(f"{path} holds no counts; give a cache of random_sampling or systematic draws")
-    partition, sets = floor_bytes(flat)
+    if flat.curve is not None or flat.importance is not None:
+        raise RecipeError(f"{path} holds neither counts nor weights; give a cache of either")
+    counted = flat.rounds is not None
+    partition, sets = floor_bytes(flat) if counted else (float("nan"), 0.0)
     floor, paper = partition + sets, 3 * len(flat.ids) / len(flat.sizes)
     print(
         f"{path}: {len(records)} rows of {len(records[0].input_ids)}, {len(flat.sizes):,} positions, "
@@ -231,25 +260,28 @@ def report(path: str, most_rows: int, seq_len: int) -> None:
         f"zstd {zstd_version()}, one thread"
     )
     print(
-        f"{'':<26}{'bytes/token':>12}{'/ floor':>9}{'/ paper':>9}{'enc Mtok/s':>12}{'dec Mtok/s':>12}{'row enc':>12}"
-        f"{'row dec':>12}{'16 dec':>12}{'16 padded':>12}{'with input':>12}"
+        f"{'':<31}{'bytes/token':>12}{'/ floor' if counted else 'rounding':>9}{'/ paper':>9}{'enc Mtok/s':>12}"
+        f"{'dec Mtok/s':>12}{'row enc':>12}{'row dec':>12}{'16 dec':>12}{'16 padded':>12}{'with input':>12}"
     )
 
-    def line(name: str, size: float, *rates: float) -> None:
+    def line(name: str, size: float, *rates: float, lost: float | None = None) -> None:
         cells = "".join(f"{rate:>12.1f}" for rate in rates)
-        print(f"{name:<26}{size:>12.2f}{size / floor:>9.3f}{size / paper:>9.3f}{cells}")
+        second = f"{size / floor:>9.3f}" if lost is None else f"{lost:>9.1e}"
+        print(f"{name:<31}{size:>12.2f}{second if counted or lost else '':>9}{size / paper:>9.3f}{cells}")
 
-    line("floor: partition + sets", floor)
+    if counted:
+        line("floor: partition + sets", floor)
     line("the paper's 24-bit pairs", paper)
-    for name in [name for name, codec in CODECS.items() if codec.holds == COUNTS]:
+    for name in [name for name, codec in CODECS.items() if codec.holds == (COUNTS if counted else WEIGHTS)]:
         try:
+            lost = None if counted else rounding(name, records, width)
             with patch.object(compiled, "kernels", lambda values=0: None):
-                line(name, *measure_codec(name, records, width))
+                line(name, *measure_codec(name, records, width), lost=lost)
             if compiled.load():
                 with patch.object(compiled, "kernels", lambda values=0: compiled.load()):
-                    line(f"{name}, compiled", *measure_codec(name, records, width))
-        except RecipeError as error:
-            print(f"{name:<26}{str(error).partition(';')[0]}")
+                    line(f"{name}, compiled", *measure_codec(name, records, width), lost=lost)
+        except (RecipeError, MismatchError) as error:
+            print(f"{name:<31}{str(error).partition(';')[0]}")
     line("Parquet lists + zstd-3", *measure_parquet(records, row_groups=False))
     line("the same, a group a row", *measure_parquet(records, row_groups=True))
 

@@ -193,18 +193,6 @@ def default_codec(
     return codec_spec(name, logit_width=logit_width, rounds=rounds, **weighing)  # type: ignore[arg-type]
 
 
-def weights_codec(name: str | None) -> str:
-    """The codec named, by default prob40, if it holds weights up to 2, as `transcode` and `pool` make them.
-
-    Raises:
-        RecipeError: another codec.
-    """
-    most_weights = ("prob40", "split_weight_unbiased")
-    if name not in (None, *most_weights):
-        raise RecipeError(f"codec={name!r} does not hold these weights; take one of {', '.join(most_weights)}")
-    return name or most_weights[0]
-
-
 def codec_spec(
     name: str,
     *,

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .codec import FlatTargets, check_codec
+from .codec import CODECS, FlatTargets, check_codec
 from .errors import FormatError, MismatchError, RecipeError
 from .files import canonical_json, strict_json
 from .shard import FORMAT, FORMAT_VERSION, check_version
@@ -138,6 +138,36 @@ def short(value: Any) -> str:
     """A value as ASCII text of at most 80 characters, for messages."""
     text = value if value == _ABSENT else ascii(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+# --- caches made of caches ------------------------------------------------------------------------------
+
+
+def weights_codec(name: str | None, logit_width: int, sources: Sequence[CacheSpec]) -> str:
+    """The codec of the weights that `transcode` and `pool` make of some caches: as named, or split_weight_unbiased
+    where that is known to hold them (ids below 2^20, weights up to 2), else prob40.
+
+    Raises:
+        RecipeError: another codec.
+    """
+    small, any_weights = "split_weight_unbiased", "prob40"
+    if name not in (None, small, any_weights):
+        raise RecipeError(f"codec={name!r} does not hold these weights; take one of {small}, {any_weights}")
+    fits = logit_width <= 2 ** CODECS[small].id_bits and all(map(_up_to_one, sources))
+    return name or (small if fits else any_weights)
+
+
+def _up_to_one(spec: CacheSpec) -> bool:
+    """Whether no weight is above 1: no positions kept unevenly, no importance draws but self-normalised ones."""
+    return "positions_by" not in spec.capture and _is_plain(spec.sampler)
+
+
+def _is_plain(sampler: Any) -> bool:
+    if not isinstance(sampler, dict):
+        return False
+    if isinstance(sampler.get("parts"), list):  # of a pooled cache
+        return all(isinstance(part, dict) and _is_plain(part.get("sampler")) for part in sampler["parts"])
+    return sampler.get("temperature", 1) == 1 or sampler.get("normalize") is True
 
 
 # --- statistics -----------------------------------------------------------------------------------------

@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 
 from sparsekd.cache import CacheReader, CacheSpec, CacheWriter, RowRecord
-from sparsekd.codec import CODECS, CURVES, codec_spec, weights_codec
+from sparsekd.codec import CODECS, CURVES, codec_spec
 from sparsekd.errors import MismatchError, RecipeError
 from sparsekd.flat import FlatTargets
 from sparsekd.making import copy_tokenizer
+from sparsekd.manifest import weights_codec
 from sparsekd.same_text import laid_over
 from sparsekd.set_table import SetTable, joined, read_table, write_table
 from sparsekd.vocab import load_tokenizer
@@ -50,7 +51,7 @@ def pool(
         caches: two or more folders, of the same rows in the same tokenizer (transcoded ones, say).
         weights: of each cache, positive; default: all alike. Only their ratios matter.
         out: the folder that takes the new cache.
-        codec: prob40 (the default) or split_weight_unbiased, as for `transcode`.
+        codec: split_weight_unbiased or prob40, as for `transcode`.
         progress: called with (shards done, shards) after each.
 
     Returns:
@@ -66,7 +67,7 @@ def pool(
         for reader in readers:
             _check_same(readers[0], reader)
         sets = _sets(readers)
-        spec = _spec(readers, shares, sets, weights_codec(codec))
+        spec = _spec(readers, shares, sets, codec)
         writer = CacheWriter(out, spec)
         copy_tokenizer(Path(readers[0].path), Path(out))
         if sets.table is not None:
@@ -145,7 +146,7 @@ def _sets(readers: Sequence[CacheReader]) -> _Sets:
     )
 
 
-def _spec(readers: Sequence[CacheReader], shares: list[float], sets: _Sets, codec: str) -> CacheSpec:
+def _spec(readers: Sequence[CacheReader], shares: list[float], sets: _Sets, codec: str | None) -> CacheSpec:
     """The first cache's identity, with the samplers and teachers of all."""
     specs = [reader.spec for reader in readers]
     width = max(spec.logit_width for spec in specs) if sets.table is None else sets.table.width()
@@ -158,7 +159,7 @@ def _spec(readers: Sequence[CacheReader], shares: list[float], sets: _Sets, code
     return replace(
         specs[0],
         logit_width=width,
-        codec=codec_spec(codec, logit_width=width, rounds=None),
+        codec=codec_spec(weights_codec(codec, width, specs), logit_width=width, rounds=None),
         sampler={"name": "pool", "unbiased": unbiased, "parts": parts},
         teacher=specs[0].teacher | {"id": "+".join(str(x.teacher.get("id")) for x in specs), "weights": weights},
         data=specs[0].data | ({"transcoded": made} if made else {}),

@@ -19,12 +19,13 @@ import numpy as np
 from sparsekd import vocab
 from sparsekd.cache import CacheReader, CacheSpec, CacheWriter, RowRecord
 from sparsekd.checks import check_at_least
-from sparsekd.codec import CODECS, CURVES, codec_spec, encode_row, weights_codec
+from sparsekd.codec import CODECS, CURVES, codec_spec
 from sparsekd.errors import MismatchError, RecipeError, SourceError
 from sparsekd.fates import Answers
 from sparsekd.files import canonical_json, is_url
+from sparsekd.folder import expected_row_bytes
 from sparsekd.making import parse_shard_range
-from sparsekd.manifest import shard_name
+from sparsekd.manifest import shard_name, weights_codec
 from sparsekd.open_kernel import Counts, added, kernel_of
 from sparsekd.order import permute
 from sparsekd.pair import pair_of
@@ -93,8 +94,10 @@ def transcode(
         chain: how many positions a realised draw is followed to resolve it; default: 3, with sets 0: what is inside the
             realised draw's set is then told by the text's own token, else by the teacher's next draws.
         seq_len: tokens of a new row; default: the longest of some rows, so that next to nothing is cut.
-        codec: how weights are kept: prob40 (the default, 5 bytes an id, to 0.034 %), or split_weight_unbiased (about a
-            quarter of the bytes, to 2.2 % without bias). A renumbered cache keeps its own.
+        codec: how weights are kept: split_weight_unbiased (about a byte an id, to 2.2 % without bias: 0.2 % of the
+            variance of 50 draws) or prob40 (5 bytes an id, to 0.034 %; the default only where weights may be above 2,
+            that is of draws at another temperature that are not self-normalised and of positions kept unevenly, or
+            ids are 2^20 and more). A renumbered cache keeps its own.
         workers: processes.
         shard_range: "a:b" makes only the shards a .. b-1.
         dry_run: only count, on some rows, what the change of tokenizer costs.
@@ -211,8 +214,8 @@ def open_job(
     if unresolved == "kernel" and pair.same is None:
         counts = counts or count_rows(reader, answers, chain, kernel_rows)
         answers.kernel = kernel_of(counts, answers.sets.table)
-    table, kept = answers.sets.table if has_sets else None, None if pair.same is not None else weights_codec(codec)
-    spec = _spec(reader.spec, student, settings, table, counts, kept)
+    table = answers.sets.table if has_sets else None
+    spec = _spec(reader.spec, student, settings, table, counts, codec, renumbers=pair.same is not None)
     return Job(reader=reader, answers=answers, settings=settings, spec=spec, counts=counts)
 
 
@@ -268,13 +271,15 @@ def _spec(
     sets: SetTable | None,
     counts: Counts | None,
     codec: str | None,
+    *,
+    renumbers: bool,
 ) -> CacheSpec:
     """The new cache's identity: its rows are no longer those that were packed, and it says what was done to them.
 
-    `codec` None: the cache is only renumbered, and keeps its codec.
+    A cache that is only renumbered keeps its codec.
     """
     bos, eos = vocab.document_ends(student)
-    size, renumbers = vocab.vocab_size(student), codec is None
+    size = vocab.vocab_size(student)
     described = {"hash": vocab.fingerprint(student), "vocab_size": size, "name": vocab.name_of(student)}
     made = {"from_tokenizer": spec.tokenizer.get("name"), "from_fingerprint": spec.data.get("fingerprint")}
     if not renumbers:
@@ -289,8 +294,8 @@ def _spec(
         shard_rows=spec.shard_rows,
         logit_width=width,
         codec=spec.codec | {"logit_width": size}
-        if codec is None
-        else codec_spec(codec, logit_width=width, rounds=None),
+        if renumbers
+        else codec_spec(weights_codec(codec, width, [spec]), logit_width=width, rounds=None),
         sampler=spec.sampler | ({} if renumbers else {"unbiased": False}),
         teacher=spec.teacher,
         tokenizer=described | {"eos_id": eos, "bos_id": bos},
@@ -323,11 +328,11 @@ def survey(job: Job) -> dict[str, Any]:
     pair, rows = job.answers.pair, _survey_rows(job.reader)
     parts = list(transcoded(job, rows))
     records = [record for made, _ in parts for record in made]
-    size = sum(len(encode_row(r.input_ids, r.targets, r.supervised, job.spec.codec)) for r in records)
     spent = job.reader.stats["payload_bytes"] / job.reader.stats["tokens"]
     if pair.same is not None:
         return {"same": True, "seq_len": job.settings.seq_len, "from_bytes_per_token": spent, "bytes_per_token": spent}
     counts = sum_counts([found for _, found in parts])
+    size = len(records) * expected_row_bytes(records, job.spec.codec, job.spec.shard_rows)
     tokens, spoken = max(counts["student_tokens"], 1), max(counts["spoken"], 1)
     shares = {name: counts[name] / spoken for name in ("accepted", "rejected", "short", "dropped", "open", "label")}
     return {

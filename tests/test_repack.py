@@ -240,8 +240,8 @@ def test_the_mean_over_draws_is_the_weighted_mean_of_both_teachers(world, two, t
     exact = captured(two, world, tmp_path / "exact", {"name": "full"})
     draws = captured(two, world, tmp_path / "drawn", {"name": "random_sampling", "rounds": rounds})
     for path in exact + draws:
-        transcode(cache=path, tokenizer=student, out=f"{path}-s", unresolved="point", chain=0)
-    pool(caches=[f"{path}-s" for path in draws], weights=list(weights), out=tmp_path / "pooled")
+        transcode(cache=path, tokenizer=student, out=f"{path}-s", unresolved="point", chain=0, codec="prob40")
+    pool(caches=[f"{path}-s" for path in draws], weights=list(weights), out=tmp_path / "pooled", codec="prob40")
     assert verify(tmp_path / "pooled").problems == []
     lost = [losses(path, student) for path in exact]
     total, variance, checked = 0.0, 0.0, 0
@@ -305,8 +305,9 @@ def test_a_student_with_the_first_teachers_tokenizer(world, two, tmp_path):
     words = {"shard_rows": 40, "batch_size": 8, "device": "cpu", "sampler": {"name": "systematic", "rounds": 20}}
     capture(rows=tmp_path / "rows-a", teacher=world.teacher, out=tmp_path / "a", **words)
     capture(rows=tmp_path / "cut", teacher=str(two / "teacher"), out=tmp_path / "b", **words)
-    transcode(cache=tmp_path / "b", tokenizer=tokenizer, out=tmp_path / "bs", seq_len=SEQ_LEN, unresolved="point")
-    pool(caches=[str(tmp_path / "a"), str(tmp_path / "bs")], weights=[1, 3], out=tmp_path / "pooled")
+    words = {"cache": tmp_path / "b", "tokenizer": tokenizer, "seq_len": SEQ_LEN, "unresolved": "point"}
+    transcode(**words, out=tmp_path / "bs", codec="prob40")
+    pool(caches=[str(tmp_path / "a"), str(tmp_path / "bs")], weights=[1, 3], out=tmp_path / "pooled", codec="prob40")
     names = vocabulary_bytes(load_tokenizer(tokenizer)).of_id
     both = alone = 0
     for row in range(len(empty)):

@@ -22,6 +22,7 @@ from sparsekd.cutting import blob_of, cut_all, ready
 from sparsekd.errors import FormatError, MismatchError, RecipeError, SourceError
 from sparsekd.fates import DECIDED, OPEN, REJECTED, SHORT, Answers, answer
 from sparsekd.joints import APART, DOUBTFUL, JOINED, meet
+from sparsekd.manifest import weights_codec
 from sparsekd.open_kernel import added, counted, kernel_of
 from sparsekd.open_sets import sets_of_cuts
 from sparsekd.pair import cut_ids, pair_of, teachers_cuts
@@ -430,7 +431,8 @@ def test_rows_keep_their_text_and_the_mass_is_whole(world, tokenizers, tmp_path)
     """The student's tokens have the teacher's bytes; weights sum to 1; accepted + rejected + short + dropped = 1."""
     for name, unresolved in (("smaller", "point"), ("other", "drop"), ("turned", "kernel")):
         out = tmp_path / name
-        found = transcode(cache=world.cache, tokenizer=tokenizers[name], out=out, unresolved=unresolved)["survey"]
+        words = {"cache": world.cache, "tokenizer": tokenizers[name], "unresolved": unresolved, "codec": "prob40"}
+        found = transcode(**words, out=out)["survey"]
         assert found["accepted"] + found["rejected"] + found["short"] + found["dropped"] == pytest.approx(1, rel=1e-12)
         assert (found["dropped"] > 0) == (unresolved == "drop")
         assert found["lost"] == found["cut"] == 0
@@ -484,7 +486,8 @@ def test_a_kernel_does_not_hang_on_the_numbers_of_ids(world, tokenizers, tmp_pat
     monkeypatch.setattr(open_kernel, "LIKELIEST", 1)
     monkeypatch.setattr(open_kernel, "SAMPLED", 1)
     for name in ("other", "turned"):
-        transcode(cache=world.cache, tokenizer=tokenizers[name], out=tmp_path / name, unresolved="kernel")
+        words = {"cache": world.cache, "tokenizer": tokenizers[name], "codec": "prob40"}
+        transcode(**words, out=tmp_path / name, unresolved="kernel")
     with CacheReader(tmp_path / "other") as ours, CacheReader(tmp_path / "turned") as theirs:
         for row in range(len(ours)):
             a, b = (dense(reader[row], ours.spec.logit_width) for reader in (ours, theirs))
@@ -534,14 +537,15 @@ def test_a_student_trains_on_it(transcoded, tmp_path, unresolved):
 
 @pytest.mark.parametrize("unresolved", ["set", "point"])
 def test_a_small_codec_keeps_the_targets(world, tokenizers, transcoded, tmp_path, unresolved):
-    """split_weight_unbiased: the same ids, weights to 2.2 %, under half of prob40's bytes; pooled with itself too."""
+    """The default: the ids of prob40, weights to 2.2 %, under half of the bytes; pooled with itself too."""
     from sparsekd.pool import pool
 
     words = {"cache": world.cache, "tokenizer": tokenizers["other"], "unresolved": unresolved}
-    small, pooled = str(tmp_path / "small"), tmp_path / "pooled"
-    transcode(**words, out=small, codec="split_weight_unbiased", workers=2)
-    pool(caches=[small, small], out=pooled, codec="split_weight_unbiased")
-    with CacheReader(small) as one, CacheReader(transcoded[unresolved]) as other, CacheReader(pooled) as two:
+    small, pooled = str(transcoded[unresolved]), tmp_path / "pooled"
+    transcode(**words, out=tmp_path / "large", codec="prob40", workers=2)
+    pool(caches=[small, small], out=pooled)
+    with CacheReader(small) as one, CacheReader(tmp_path / "large") as other, CacheReader(pooled) as two:
+        assert one.spec.codec["name"] == two.spec.codec["name"] == "split_weight_unbiased"
         assert one.stats["payload_bytes"] < 0.5 * other.stats["payload_bytes"]
         for row in range(0, len(one), 7):
             mine, again, exact = (dense(reader[row], one.spec.logit_width) for reader in (one, two, other))
@@ -549,12 +553,33 @@ def test_a_small_codec_keeps_the_targets(world, tokenizers, transcoded, tmp_path
             np.testing.assert_array_equal(again, mine)
 
 
+def test_the_small_codec_is_the_default_where_it_holds_the_weights(transcoded):
+    """Ids of 20 bits; no importance draws of free sums and no positions kept unevenly, in a pooled cache neither."""
+    with CacheReader(transcoded["point"]) as reader:
+        spec, sampler = reader.spec, reader.spec.sampler
+    free = replace(spec, sampler=sampler | {"temperature": 0.8, "normalize": False})
+    normal = replace(spec, sampler=sampler | {"temperature": 0.8, "normalize": True})
+    uneven = replace(spec, capture=spec.capture | {"positions": 0.5, "positions_by": "entropy"})
+    mixed = [
+        replace(spec, sampler={"name": "pool", "parts": [{"sampler": s.sampler} for s in (spec, o)]})
+        for o in (free, normal)
+    ]
+    strange = replace(spec, sampler={"parts": [1]})
+    for sources, small in (
+        *(([spec], True), ([spec, normal], True), ([spec, free], False), ([uneven], False)),
+        *(([mixed[0]], False), ([mixed[1]], True), ([strange], False)),
+    ):
+        assert (weights_codec(None, 2**20, sources) == "split_weight_unbiased") == small
+        assert weights_codec(None, 2**20 + 1, sources) == "prob40"
+        assert weights_codec("prob40", 2**20, sources) == "prob40"
+
+
 def test_refusals(world, tokenizers, transcoded, tmp_path):
     """What cannot be transcoded is told with the way out."""
     with pytest.raises(RecipeError, match="unresolved='x' is not one of set, kernel, point, drop"):
         transcode(cache=world.cache, tokenizer=tokenizers["other"], out=tmp_path / "t", unresolved="x")
     with pytest.raises(
-        RecipeError, match="codec='split' does not hold these weights; take one of prob40, split_weight"
+        RecipeError, match="codec='split' does not hold these weights; take one of split_weight_unbiased, prob40"
     ):
         transcode(cache=world.cache, tokenizer=tokenizers["other"], out=tmp_path / "t", codec="split")
     with pytest.raises(RecipeError, match="is only renumbered, and keeps its codec"):
@@ -679,8 +704,9 @@ def test_pooled_targets_are_the_weighted_mean(world, tokenizers, tmp_path):
 
     paths = [str(tmp_path / name) for name in ("point", "drop")]
     for path in paths:
-        transcode(cache=world.cache, tokenizer=tokenizers["other"], out=path, unresolved=Path(path).name, chain=0)
-    pool(caches=paths, weights=[3, 1], out=tmp_path / "pooled")
+        words = {"cache": world.cache, "tokenizer": tokenizers["other"], "codec": "prob40"}
+        transcode(**words, out=path, unresolved=Path(path).name, chain=0)
+    pool(caches=paths, weights=[3, 1], out=tmp_path / "pooled", codec="prob40")
     assert verify(tmp_path / "pooled").problems == []
     alone = 0
     with CacheReader(paths[0]) as a, CacheReader(paths[1]) as b, CacheReader(tmp_path / "pooled") as both:
@@ -700,9 +726,10 @@ def test_sets_of_several_tables_are_pooled(world, tokenizers, tmp_path):
 
     paths = [str(tmp_path / name) for name in ("a", "b", "point")]
     for path, unresolved in zip(paths, ("set", "set", "point"), strict=True):
-        transcode(cache=world.cache, tokenizer=tokenizers["other"], out=path, unresolved=unresolved, seq_len=48)
+        words = {"cache": world.cache, "tokenizer": tokenizers["other"], "codec": "prob40"}
+        transcode(**words, out=path, unresolved=unresolved, seq_len=48)
     renumber_sets(paths[1])
-    pool(caches=paths, weights=[2, 1, 1], out=tmp_path / "pooled")
+    pool(caches=paths, weights=[2, 1, 1], out=tmp_path / "pooled", codec="prob40")
     assert verify(tmp_path / "pooled").problems == []
     with CacheReader(tmp_path / "pooled") as reader:
         assert reader.spec.data["transcoded"]["sets"]["count"] == 4 * reader.spec.tokenizer["vocab_size"]
