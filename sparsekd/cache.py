@@ -34,7 +34,17 @@ from .checks import make_folder
 from .codec import CODECS, FlatTargets, codec_engine, decode_rows, quick_rows
 from .compiled import scratch
 from .errors import FormatError, IncompleteError, MismatchError, RecipeError
-from .files import fetch, is_url, join, list_folder, read_file, remove_stale_files, sha256_file, write_atomically
+from .files import (
+    MAPS_HOLD_DESCRIPTORS,
+    fetch,
+    is_url,
+    join,
+    list_folder,
+    read_file,
+    remove_stale_files,
+    sha256_file,
+    write_atomically,
+)
 from .folder import (
     RowRecord,
     check_shard,
@@ -66,7 +76,7 @@ from .shard import FORMAT, ShardReader, masks, row_index_bytes, write_shard
 Array = NDArray[Any]
 Json = dict[str, Any]
 # Opening a shard costs as much as reading ten short rows, and a shuffled epoch comes to another one with every row.
-_OPEN_SHARDS = 128  # macOS gives a process 256 files
+_OPEN_SHARDS = 128 if MAPS_HOLD_DESCRIPTORS else 2**14  # of 256 files on macOS; of 65,530 maps on Linux
 _OPEN_BYTES = 2**28  # of their indexes and tables of ids
 _AT_ONCE = 16  # shards that are opened together over a network
 
@@ -302,7 +312,7 @@ class CacheReader:
         reader = self._open_shard(shard)  # with the lock free: over a network this takes a while
         with self._lock:
             self._shards.setdefault(shard, reader)
-            if len(self._shards) > _most_open(self.spec):
+            if len(self._shards) > _most_open(self.spec, is_url(self.path)):
                 self._shards.popitem(last=False)
             self._shards.move_to_end(shard)
             return self._shards[shard]
@@ -337,10 +347,11 @@ class CacheReader:
         self.__dict__.update(state, _shards=OrderedDict(), _lock=threading.Lock())
 
 
-def _most_open(spec: CacheSpec) -> int:
+def _most_open(spec: CacheSpec, remote: bool) -> int:
     """How many shards a reader keeps open."""
     table = 4 * spec.logit_width if CODECS[spec.codec["name"]].ranked else 0
-    return max(1, min(_OPEN_SHARDS, _OPEN_BYTES // (table + spec.shard_rows * row_index_bytes(spec.seq_len))))
+    index = row_index_bytes(spec.seq_len if remote else 0)  # masks stay in the map
+    return max(1, min(_OPEN_SHARDS, _OPEN_BYTES // (table + spec.shard_rows * index)))
 
 
 def _weighed(spec: CacheSpec, normalize: bool) -> CacheSpec:

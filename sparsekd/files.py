@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import socket
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -137,9 +138,10 @@ def _is_dead(host: str, process: int) -> bool:
 
 
 class Source(Protocol):
-    """Random access to the bytes of one file."""
+    """Random access to the bytes of one file; `remote`: each read is a request over a network."""
 
     size: int
+    remote: bool
 
     def read(self, start: int, end: int) -> bytes: ...
     def close(self) -> None: ...
@@ -148,10 +150,12 @@ class Source(Protocol):
 class _Mapped:
     """A local file, memory-mapped; slices are copies, so closing never pulls memory from under an array."""
 
+    remote = False
+
     def __init__(self, path: str | Path) -> None:
         with open(path, "rb") as file:
             self.size = os.fstat(file.fileno()).st_size
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else None
+            self._map = _mapped(file.fileno()) if self.size else None
 
     def read(self, start: int, end: int) -> bytes:
         return self._map[start:end] if self._map else b""
@@ -161,8 +165,20 @@ class _Mapped:
             self._map.close()
 
 
+# Whether a file that is only mapped takes one of a process's descriptors (macOS gives 256, Linux 1,024).
+MAPS_HOLD_DESCRIPTORS = sys.version_info < (3, 13) or sys.platform == "win32"
+
+
+def _mapped(descriptor: int) -> mmap.mmap:
+    if sys.version_info < (3, 13) or sys.platform == "win32":
+        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+    return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ, trackfd=False)
+
+
 class _Ranges:
     """A file behind an fsspec URL, read by byte ranges: one request per row."""
+
+    remote = True
 
     def __init__(self, url: str) -> None:
         from fsspec.core import url_to_fs

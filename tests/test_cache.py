@@ -173,7 +173,7 @@ def test_a_reader_travels_to_workers(cache):
 def test_many_shards_do_not_stay_open(tmp_path, monkeypatch, limit):
     """Handles beyond the limit, or its bytes, are let go, and rows of their shards read again."""
     spec = make_spec(rows=8)
-    each = {"_OPEN_SHARDS": 1, "_OPEN_BYTES": spec.shard_rows * row_index_bytes(spec.seq_len)}
+    each = {"_OPEN_SHARDS": 1, "_OPEN_BYTES": spec.shard_rows * row_index_bytes(0)}
     monkeypatch.setattr(f"sparsekd.cache.{limit}", 2 * each[limit])
     with CacheReader(capture(tmp_path / "cache", spec)) as reader:
         for index in (0, 7, 3, 5, 0, 2):
