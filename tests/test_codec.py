@@ -583,6 +583,50 @@ def test_targets_that_do_not_fit_are_not_written(flat, words):
         encode(flat, spec_of("raw24", 100, 5))
 
 
+def weighed(flat, temperature=0.5):
+    """The same counts as draws of q ∝ p^t, of probability 1/2 each."""
+    logs, entropy = np.full(len(flat.ids), -1, np.float32), np.ones(len(flat.sizes), np.float32)
+    return replace(flat, importance=Importance(log2_p=logs, entropy=entropy, temperature=temperature))
+
+
+@pytest.mark.parametrize("name", COUNTS + DRAWS)
+@pytest.mark.parametrize("drawn", [{1: 4}, {1: 5, 2: 1}, {}])
+def test_counts_that_are_not_all_of_the_rounds_are_not_written(name, drawn):
+    """Whatever else is stored of a draw, the reader knows from the rounds where a position ends."""
+    weighing = {"temperature": 0.5, "normalize": True} if name in DRAWS else {}
+    flat = flat_counts([{1: 5}, drawn], 5)
+    with pytest.raises(MismatchError, match=rf"position 1 sum to {sum(drawn.values())}, but rounds=5"):
+        encode(weighed(flat) if name in DRAWS else flat, spec_of(name, 100, 5, **weighing))
+
+
+@pytest.mark.parametrize("name", [name for name in COUNTS + DRAWS if CODECS[name].max_rounds == 2**20])
+def test_a_row_of_more_than_two_to_the_31_draws_survives(name):
+    """2,100 positions of 2^20 rounds each: sums over a row do not fit in 32 bits."""
+    weighing = {"temperature": 0.5, "normalize": True} if name in DRAWS else {}
+    flat, spec = flat_counts([{7: 2**20 - 1, 9: 1}] * 2100, 2**20), spec_of(name, 100, 2**20, **weighing)
+    found = decode(encode(weighed(flat) if name in DRAWS else flat, spec), 2100, spec)
+    assert_same(by_id(replace(found, importance=None)), flat)
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_arrays_come_back_in_the_types_that_flat_targets_have(name):
+    """uint32 ids and counts, float32 weights, int64 sizes, whatever words a codec packs them into."""
+    flat, weighing = flat_counts([{7: 3, 9: 2}] * 3, 5), {}
+    if name in DRAWS:
+        flat, weighing = weighed(flat), {"temperature": 0.5, "normalize": True}
+    elif name not in COUNTS:
+        flat = replace(flat, rounds=None, values=(flat.values / 5).astype(np.float32))
+    if CODECS[name].holds == "sorted curves":
+        flat = flat.take(np.arange(0))
+        flat, weighing = replace(flat, curve=np.zeros((0, 2), np.float32)), {"edges": [0, 1, 100]}
+    spec = spec_of(name, 100, flat.rounds, **weighing)
+    found = decode(encode(flat, spec), len(flat.sizes), spec)
+    values = np.float32 if flat.rounds is None else np.uint32
+    assert (found.ids.dtype, found.values.dtype, found.sizes.dtype) == (np.uint32, values, np.int64)
+    if found.importance is not None:
+        assert (found.importance.log2_p.dtype, found.importance.entropy.dtype) == (np.float32, np.float32)
+
+
 def test_an_id_twice_is_refused():
     """Counts of one id must be added up by whoever drew them."""
     flat = FlatTargets(
