@@ -22,6 +22,7 @@ from sparsekd.student import CacheDataset, SparseKDCollator, attach_full_kd, att
 from sparsekd.training_run import (
     check_unchanged,
     finished,
+    full_disk_said,
     last_checkpoint,
     mean_logged,
     readable_log,
@@ -148,6 +149,7 @@ def train(
     Raises:
         MismatchError, RecipeError, CacheError, ModelError, SourceError: before the first step.
         ModelError: the loss is no number any more.
+        StorageError: the disk is full; the last whole checkpoint is kept.
     """
     recipe = {k: v for k, v in locals().items() if k not in ("callbacks", "progress")}
     out = Path(out).expanduser()
@@ -205,8 +207,9 @@ def _run(out: Path, recipe: dict[str, Any], data: TrainingSet, progress: bool, c
         _silence(trainer)
     if trainer.is_world_process_zero():
         start(out, recipe, data.identity)
-    trainer.train(resume_from_checkpoint=last_checkpoint(out))
-    return _finish(trainer, out, recipe, rows_per_step, clock.seconds, data, tokenizer)
+    with full_disk_said(out):
+        trainer.train(resume_from_checkpoint=last_checkpoint(out))
+        return _finish(trainer, out, recipe, rows_per_step, clock.seconds, data, tokenizer)
 
 
 def _attach_loss(model: Any, recipe: dict[str, Any], data: TrainingSet, teacher: Any) -> None:

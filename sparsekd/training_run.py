@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from sparsekd.checks import make_folder
-from sparsekd.errors import MismatchError
+from sparsekd.errors import MismatchError, StorageError
 from sparsekd.files import write_json
 from sparsekd.making import processes
 
@@ -26,6 +30,8 @@ _FREE = {
     "data",
     "beside",
 }
+# What the system, safetensors, and torch.save (which loses the system's word) say of a disk or quota that is full.
+_FULL = ("No space left on device", "quota exceeded", "inline_container.cc", "PytorchStreamWriter", "iostream error")
 _PATHS = ("cache", "rows", "eval_rows", "teacher", "tokenizer", "student")
 
 
@@ -85,6 +91,20 @@ def check_unchanged(out: Path, identity: dict[str, Any]) -> None:
                 f"the training set's {key} differ: {out} was started with {old.get(key)}, they are {value} now; give "
                 "another out=FOLDER to start anew"
             )
+
+
+@contextmanager
+def full_disk_said(out: Path) -> Iterator[None]:
+    """StorageError in place of the half dozen errors of a disk that fills up while checkpoints are written."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not any(sign in str(error) for sign in _FULL):
+            raise
+        raise StorageError(
+            f"the disk of {out} is full; free some space, or give keep_checkpoints=1, and run the same command again: "
+            "it goes on from the last whole checkpoint"
+        ) from error
 
 
 def readable_log(history: list[dict[str, Any]]) -> list[dict[str, Any]]:

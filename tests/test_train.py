@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SEQ_LEN, write_corpus
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -205,6 +206,39 @@ def test_half_a_checkpoint_is_passed_over(world, tmp_path):
 
     run(world, tmp_path / "parts", save_steps=2, callbacks=[Watch()])
     assert steps == [2, 3, 4, 5]
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [
+        ("torch.save", RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 587008 vs 586900")),
+        (
+            "transformers.modeling_utils.safe_save_file",
+            SafetensorError("I/O error: No space left on device (os error 28)"),
+        ),
+        ("transformers.trainer_callback.TrainerState.save_to_json", OSError(28, "No space left on device")),
+    ],
+)
+def test_a_disk_that_fills_up_under_a_checkpoint(world, tmp_path, monkeypatch, where, error):
+    """One sentence whoever writes; with room again the same command goes on from the checkpoint before."""
+
+    def full(*_: object, **__: object) -> None:
+        raise error
+
+    class Fill(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            if state.global_step == 3:
+                monkeypatch.setattr(where, full)
+
+    with pytest.raises(
+        StorageError, match=r"the disk of .* is full; free some space, or give keep_checkpoints=1, and run"
+    ):
+        run(world, tmp_path / "parts", save_steps=2, callbacks=[Fill()])
+    monkeypatch.undo()
+    assert {path.name for path in (tmp_path / "parts").glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+    run(world, tmp_path / "parts", save_steps=2)
+    run(world, tmp_path / "whole", save_steps=2)
     assert_same_weights(tmp_path / "whole", tmp_path / "parts")
 
 
