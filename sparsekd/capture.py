@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -50,7 +51,7 @@ from sparsekd.errors import ModelError, RecipeError, StorageError
 from sparsekd.folder import expected_row_bytes
 from sparsekd.making import copy_tokenizer, parse_shard_range, processes
 from sparsekd.manifest import shard_name
-from sparsekd.packed import RowsReader, describe_rows
+from sparsekd.packed import PackedBatch, RowsReader, describe_rows
 from sparsekd.position_budget import LAWS, calibrate, law_settings
 from sparsekd.samplers import (
     ORDERED,
@@ -332,6 +333,7 @@ def _preflight(source: Teacher, reader: RowsReader, todo: list[int], out: Path, 
     spec = source.spec
     batch = next(shard_batches(spec, todo[0]))
     records = draw_records(source, reader, batch)
+    _check_repeats(source, read_rows(reader, batch, spec))
     each = expected_row_bytes(records, spec.codec, spec.shard_rows)
     needed = int(each * sum(len(spec.shard_range(shard)) for shard in todo) * 1.02)
     free = shutil.disk_usage(out).free
@@ -341,6 +343,16 @@ def _preflight(source: Teacher, reader: RowsReader, todo: list[int], out: Path, 
             f"token), {out} has {free / 1e9:.2f} GB free; free some, take fewer rounds, or add --force"
         )
     return each / spec.seq_len
+
+
+def _check_repeats(source: Teacher, rows: PackedBatch) -> None:
+    """Say so where a GPU gives other bits for the same batch: nobody sees it in a cache, until it is made again."""
+    if source.model.device.type != "cpu" and not source.repeats(rows.input_ids, rows.supervised):
+        warnings.warn(
+            "the teacher gives other bits for the same rows a second time (kernels that add in any order, or tune "
+            "themselves): this cache is as unbiased as any, but a shard made again may differ in a draw in some 10,000",
+            stacklevel=2,
+        )
 
 
 # --- the work -------------------------------------------------------------------------------------------

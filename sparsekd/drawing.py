@@ -93,6 +93,13 @@ class Teacher:
         return drawn
 
     @torch.no_grad()
+    def repeats(self, input_ids_BL: np.ndarray, supervised_BL: np.ndarray) -> bool:
+        """Whether a batch gives the same hidden states a second time, to the bit. Kernels that add in whatever order
+        threads finish (of some mixtures of experts, on a GPU) do not."""
+        first, second = (self._read(input_ids_BL, supervised_BL)[2] for _ in range(2))
+        return torch.equal(first, second)
+
+    @torch.no_grad()
     def entropies(self, input_ids_BL: np.ndarray, supervised_BL: np.ndarray) -> Tensor:
         """[N] nats at every position whose next token is supervised."""
         hidden_NH, chunk = self._read(input_ids_BL, supervised_BL)[2], self.spec.capture["head_chunk"]

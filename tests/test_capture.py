@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -388,3 +389,22 @@ def test_a_corpus_growing_changes_the_fingerprint(world, tmp_path):
     with skd.CacheReader(world.cache) as reader:
         assert reader.spec.data["fingerprint"] == RowsReader(world.rows).fingerprint
         assert reader.spec.data["fingerprint"] != manifest["splits"]["train"]["fingerprint"]
+
+
+def test_a_gpu_that_gives_other_bits_a_second_time_is_told_of(world):
+    """Hidden states are compared, where a last bit shows; a CPU is not asked."""
+    model = models.open_model(world.teacher, device="cpu")
+    with skd.CacheReader(world.cache) as reader:
+        source, row = drawing.open_teacher(model, reader.spec), reader[0]
+    batch = row.input_ids[None], row.supervised[None]
+    assert source.repeats(*batch)
+    body, factors = heads.body_of(model), iter([1.0, 1.0 + 1e-6])
+    body.register_forward_hook(
+        lambda part, given, out: out.__setattr__("last_hidden_state", out.last_hidden_state * next(factors))
+    )
+    assert not source.repeats(*batch)
+    asked = SimpleNamespace(input_ids=batch[0], supervised=batch[1])
+    capture_module._check_repeats(source, asked)
+    unsteady = SimpleNamespace(model=SimpleNamespace(device=torch.device("cuda")), repeats=lambda *_: False)
+    with pytest.warns(UserWarning, match="other bits for the same rows a second time"):
+        capture_module._check_repeats(unsteady, asked)
