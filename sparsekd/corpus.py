@@ -18,7 +18,16 @@ from pathlib import Path
 from typing import IO, Any
 
 from .errors import RecipeError, SourceError
-from .sources import JSON_LINES, Origin, as_list, builtin_files, builtin_sha256, missing, resolve
+from .sources import (
+    JSON_LINES,
+    Origin,
+    as_list,
+    builtin_files,
+    builtin_sha256,
+    missing,
+    resolve,
+    sampled_sha256,
+)
 
 TEXT_BY = ("document", "paragraph", "line")
 PROMPT_FIELDS = ("prompt", "instruction")
@@ -116,7 +125,8 @@ def documents(source: Any, **reading: Any) -> Iterator[Document]:
 def describe(source: Any, **reading: Any) -> dict[str, Any]:
     """What identifies `source` without reading all of it: a JSON-able dict for manifests.
 
-    For "builtin" that is the Python version and the corpus's sha256; for files their number and total bytes.
+    For "builtin" that is the Python version and the corpus's sha256; for files their number, total bytes and a sha256
+    over 1 MB of each at most.
     """
     how = Reading(**reading)
     parts = [_describe_one(one, how) for one in as_list(source)]
@@ -144,8 +154,9 @@ def _describe_one(source: Any, how: Reading) -> dict[str, Any]:
     if kind == "builtin":
         return {"kind": "builtin", "python": platform.python_version(), "sha256": builtin_sha256()}
     if kind == "file":
-        size = sum(Path(path).stat().st_size for _, path in found)
-        return {"kind": "files", "source": str(source), "files": len(found), "bytes": size}
+        size, contents = sum(Path(path).stat().st_size for _, path in found), sampled_sha256(path for _, path in found)
+        files = {"files": len(found), "bytes": size, "sampled_sha256": contents}
+        return {"kind": "files", "source": str(source), **files}
     if kind == "saved":
         return {"kind": "dataset", "path": place, "split": how.split}
     return {"kind": "dataset", "id": place, "revision": how.revision, "split": how.split}

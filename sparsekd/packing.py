@@ -51,6 +51,10 @@ def _array_file(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Ite
         os.fsync(file.fileno())
 
 
+# What a source's description says of its contents.
+_OF_CONTENTS = {f"source.{name}" for name in ("files", "bytes", "sampled_sha256", "sha256", "python")}
+
+
 def already_packed(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     """The manifest of rows packed before with the same settings, or None if `out` is free."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
@@ -63,9 +67,10 @@ def already_packed(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None
     was, now = _flat(manifest.get("settings", {})), _flat(settings)
     for key in [*now, *was]:
         if was.get(key) != now.get(key):
+            others = f"pack with {key}={was.get(key)}"
             raise MismatchError(
-                f"{out} was packed with {key}={was.get(key)}, these settings have {now.get(key)}; "
-                f"choose another out=, or pack with {key}={was.get(key)}"
+                f"{out} was packed with {key}={was.get(key)}, these settings have {now.get(key)}; choose another out=, "
+                f"or {'bring the documents back as they were' if key in _OF_CONTENTS else others}"
             )
     for split in manifest.get("splits") or ["train"]:
         RowsReader(out, split).close()  # complete, or a SourceError that says what is damaged

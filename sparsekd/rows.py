@@ -58,8 +58,8 @@ def pack(
 
     Documents follow each other as [BOS] text EOS in a seeded order and are cut into rows of `seq_len` tokens;
     no token is lost, the last row is filled with unsupervised EOS. The same settings on the same documents
-    give the same bytes. A folder packed with the same settings is returned as it is; of files, only their
-    names, number and total size are compared.
+    give the same bytes. A folder packed with the same settings is returned as it is; of files, names, sizes
+    and contents are compared, of a large one 1 MB in stretches.
 
     Args:
         source: a file, a folder, a glob, a `datasets` id ("id" or "id:config"), a list of those, or "builtin": the

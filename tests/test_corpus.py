@@ -178,6 +178,20 @@ def test_files_are_described_by_number_and_bytes(tmp_path: Path) -> None:
     assert (before["files"], before["bytes"], corpus.total_bytes(tmp_path)) == (1, 4, 4)
     (tmp_path / "a.txt").write_text("four!")
     assert describe(tmp_path / "a.txt") != before
+    (tmp_path / "a.txt").write_text("fo_r")
+    assert describe(tmp_path / "a.txt") != before
+
+
+def test_of_a_large_file_stretches_are_compared(tmp_path: Path) -> None:
+    """All of 1 MB; beyond, both ends and what lies between in 16 parts, and not what lies between those."""
+    path, found = tmp_path / "a.txt", {}
+    for size, noticed in ((2**20, [0, 2**16, 2**19, 2**20 - 1]), (2**22, [0, 2**16 - 1, 2**22 - 1, 2**22 - 2**15])):
+        path.write_bytes(bytes(size))
+        whole = sources.sampled_sha256([str(path)])
+        for at in [*noticed, 2**17]:
+            path.write_bytes(bytes(at) + b"1" + bytes(size - at - 1))
+            found[size, at] = sources.sampled_sha256([str(path)]) != whole
+    assert [each for each, differs in found.items() if not differs] == [(2**22, 2**17)]
 
 
 # -- refusals

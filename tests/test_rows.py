@@ -280,7 +280,14 @@ def test_packing_again_returns_what_is_there(tmp_path: Path, tokenizer: Any) -> 
     assert pack(**common) == first
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "rows").iterdir()} == times
     write_texts(source, texts(11))
-    with pytest.raises(MismatchError, match=r"packed with source\.bytes=\d+, these settings have \d+"):
+    with pytest.raises(
+        MismatchError, match=r"packed with source\.bytes=\d+, these settings have \d+; .* documents back"
+    ):
+        pack(**common)
+    whole = write_texts(source, texts(10)).read_bytes()
+    assert pack(**common) == first
+    source.write_bytes(whole[:-4] + b"?" + whole[-3:])
+    with pytest.raises(MismatchError, match=r"packed with source\.sampled_sha256=[0-9a-f]{64}, these settings have"):
         pack(**common)
 
 
