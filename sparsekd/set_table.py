@@ -87,9 +87,13 @@ def read_table(folder: str | Path, described: Mapping[str, Any]) -> SetTable:
             f"{path} has sha256 {found[:12]}, the cache was made with {str(described.get('sha256'))[:12]}; put that "
             "one there, or transcode again"
         )
+    from safetensors import SafetensorError
     from safetensors.numpy import load
 
-    arrays = load(data)
+    try:
+        arrays = load(data)
+    except SafetensorError as error:
+        raise FormatError(f"{path} is no table of sets ({error}); transcode again") from None
     size, count = described.get("vocab_size"), described.get("count")
     if set(arrays) != set(_NAMES) or not isinstance(size, int) or not isinstance(count, int):
         raise FormatError(f"{path} is no table of sets; transcode again")

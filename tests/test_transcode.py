@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import shutil
@@ -11,16 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from conftest import folder_bytes
 from slow_transcode import Slow, slow_counts, slow_kernel, slow_sets, slow_transcode
 from test_align import AMBIGUOUS, CORPUS, FAMILIES, PIECES, byte_level, fast, random_texts
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from sparsekd import compiled, open_kernel
+from sparsekd import compiled, open_kernel, transcoding
 from sparsekd.cache import CacheReader, CacheWriter, check_alignment, verify
 from sparsekd.cutting import blob_of, cut_all, ready
 from sparsekd.errors import FormatError, MismatchError, RecipeError, SourceError
 from sparsekd.fates import DECIDED, OPEN, REJECTED, SHORT, Answers, answer
+from sparsekd.flat import FlatTargets, Importance
 from sparsekd.joints import APART, DOUBTFUL, JOINED, meet
 from sparsekd.manifest import weights_codec
 from sparsekd.open_kernel import added, counted, kernel_of
@@ -776,6 +779,20 @@ def by_members(path, row):
     return found
 
 
+def test_draws_weigh_what_a_reader_of_the_cache_says():
+    """Counts over rounds in float64; draws of q ∝ p^t, and positions that a law chose, by all that weighs them."""
+    counts = FlatTargets(ids=np.uint32([3, 5]), values=np.uint32([2, 1]), sizes=np.array([2]), rounds=3)
+    assert transcoding._weights(counts).tolist() == [2 / 3, 1 / 3]
+    drawn = Importance(log2_p=np.float32([-1, -3]), entropy=np.float32([1.5]), temperature=0.5)
+    for other in (
+        replace(counts, importance=drawn),
+        replace(counts, importance=replace(drawn, normalize=False)),
+        replace(counts, scale=np.array([1.5])),
+        replace(counts, values=np.float32([0.5, 0.25]), rounds=None),
+    ):
+        assert transcoding._weights(other).tolist() == other.weights.tolist() != transcoding._weights(counts).tolist()
+
+
 def test_a_table_of_sets_is_checked(transcoded, tmp_path):
     """Another table, none, or one whose numbers lead beyond it, is refused before the first step."""
     from sparsekd.train import train
@@ -791,6 +808,10 @@ def test_a_table_of_sets_is_checked(transcoded, tmp_path):
         write_table(broken, out)
         with pytest.raises(FormatError, match="beyond its"):
             read_table(out, broken.described())
+    for data in (b"", b"no table", safetensors.numpy.save({"order": table.order})):
+        path.write_bytes(data)
+        with pytest.raises(FormatError, match=r"sets\.safetensors is no table of sets.*; transcode again"):
+            read_table(out, described | {"sha256": hashlib.sha256(data).hexdigest()})
     with pytest.raises(MismatchError, match="transcode again"):
         train(out=tmp_path / "s", max_steps=1, student="tiny", cache=str(out), device="cpu", progress=False)
     path.unlink()
