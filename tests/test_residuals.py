@@ -93,7 +93,7 @@ def test_ghost_token_stays_exact_when_the_student_puts_nearly_all_inside():
     targets = SparseTargets(ids=torch.tensor([[0]]), weights=torch.tensor([[0.9]]))
     loss, gradient = value_and_gradient(skd.sparse_kl, logits, targets, residual="ghost")
     exact = value_and_gradient(skd.sparse_kl, logits.double(), targets, residual="ghost")
-    torch.testing.assert_close(loss.double(), exact[0], rtol=1e-7, atol=0)
+    torch.testing.assert_close(loss.double(), exact[0], rtol=5e-7, atol=0)
     torch.testing.assert_close(gradient.double(), exact[1], rtol=3e-6, atol=0)
 
 
