@@ -13,6 +13,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what editors and type checkers see of the names in _HOME
+    from sparsekd.batches import CacheDataset as CacheDataset
+    from sparsekd.batches import SparseKDCollator as SparseKDCollator
     from sparsekd.cache import CacheReader as CacheReader
     from sparsekd.cache import CacheWriter as CacheWriter
     from sparsekd.errors import SparseKDError as SparseKDError
@@ -23,8 +25,6 @@ if TYPE_CHECKING:  # what editors and type checkers see of the names in _HOME
     from sparsekd.packed import RowsReader as RowsReader
     from sparsekd.samplers import SAMPLERS as SAMPLERS
     from sparsekd.samplers import sample as sample
-    from sparsekd.student import CacheDataset as CacheDataset
-    from sparsekd.student import SparseKDCollator as SparseKDCollator
     from sparsekd.student import attach_full_kd as attach_full_kd
     from sparsekd.student import attach_sparse_kd as attach_sparse_kd
     from sparsekd.targets import SparseTargets as SparseTargets
@@ -43,8 +43,8 @@ _HOME = {
     "CacheReader": "cache",
     "CacheWriter": "cache",
     "RowsReader": "packed",
-    "CacheDataset": "student",
-    "SparseKDCollator": "student",
+    "CacheDataset": "batches",
+    "SparseKDCollator": "batches",
     "attach_sparse_kd": "student",
     "attach_full_kd": "student",
 }

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsekd.alm import alm
+from sparsekd.batches import SparseKDCollator
 from sparsekd.heads import inner_model, replace_forward, router_loss
 from sparsekd.overlay import Overlaid, OverlaidRow
 from sparsekd.prompted import PromptedRow
 from sparsekd.sketch import SortedCurve
-from sparsekd.student import SparseKDCollator
 from sparsekd.uld import IGNORED, PAIRINGS, Tokenized, uld
 
 _TEACHER = ("teacher_labels", "teacher_starts", "teacher_ends", "teacher_log_p", "teacher_curve")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsekd import heads, models
+from sparsekd.batches import CacheDataset, SparseKDCollator
 from sparsekd.cache import CacheReader
 from sparsekd.checks import make_folder
 from sparsekd.cross_set import open_cross_heldout, open_cross_set, tokenizer_of
@@ -18,7 +19,7 @@ from sparsekd.files import write_json
 from sparsekd.making import processes
 from sparsekd.overlay import OverlaidRows
 from sparsekd.prompted import PromptedRows
-from sparsekd.student import CacheDataset, SparseKDCollator, attach_full_kd, attach_sparse_kd, pace, student_trainer
+from sparsekd.student import attach_full_kd, attach_sparse_kd, pace, student_trainer
 from sparsekd.training_run import (
     check_unchanged,
     finished,

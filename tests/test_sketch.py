@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from conftest import folder_bytes
 
 from sparsekd import models
+from sparsekd.batches import SparseKDCollator
 from sparsekd.cache import CacheReader, verify
 from sparsekd.capture import capture
 from sparsekd.codec import FlatTargets, check_codec, decode, default_codec, encode
@@ -19,7 +20,6 @@ from sparsekd.errors import FormatError, MismatchError, RecipeError
 from sparsekd.packed import RowsReader
 from sparsekd.recompute import recompute
 from sparsekd.sketch import TOP, SortedCurve, curve_edges, sorted_curve, spread, teacher_sketch
-from sparsekd.student import SparseKDCollator
 from sparsekd.targets import SparseTargets
 from sparsekd.uld import as_curve, sorted_distance
 

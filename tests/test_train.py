@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 
 import sparsekd as skd
 from sparsekd import heads, models
+from sparsekd.batches import RowBatch
 from sparsekd.cache import CacheWriter, RowRecord
 from sparsekd.errors import (
     FormatError,
@@ -34,7 +35,6 @@ from sparsekd.errors import (
     VersionError,
 )
 from sparsekd.packed import RowsReader
-from sparsekd.student import RowBatch
 from sparsekd.train import train
 from sparsekd.training_run import last_checkpoint, mean_logged, readable_log
 
