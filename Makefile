@@ -1,29 +1,31 @@
 # Each target makes its own .venv when missing. Nothing else needs to be installed than Python >= 3.11, git and make.
+# An environment that has everything already (no network, say): make bench-gpu BIN=/path/to/env/bin
 PYTHON ?= python3
 BIN := .venv/bin
 PROFILE ?= quick
+READY := $(if $(filter .venv/bin,$(BIN)),.venv/.ready)
 
 .PHONY: demo test check bench bench-gpu format clean
 
-demo: .venv/.ready
+demo: $(READY)
 	$(BIN)/sparsekd demo --profile $(PROFILE)
 
-test: .venv/.ready
+test: $(READY)
 	$(BIN)/python -m pytest
 
-check: .venv/.ready
+check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: .venv/.ready
+bench: $(READY)
 	$(BIN)/python benchmarks/page.py
 	$(BIN)/python benchmarks/cache.py
 
-bench-gpu: .venv/.ready
+bench-gpu: $(READY)
 	$(BIN)/python benchmarks/page.py --device cuda
 
-format: .venv/.ready
+format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 

@@ -75,15 +75,23 @@ PAGES = {
 }
 
 
+# What `trust` says of a kernel that is left out: figures are then torch's.
+WITHOUT_A_KERNEL = "plain torch takes its place"
+
+
 def run(name: str, words: str) -> Json:
-    """What one benchmark found, or {"failed": its last words}."""
+    """What one benchmark found, and which kernels it had to do without, or {"failed": its last words}."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, str(HERE / f"{name}.py"), *words.split()]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    lines = done.stderr.strip().splitlines()
     if done.returncode:
-        return {"failed": (done.stderr.strip().splitlines() or ["no word of why"])[-1]}
+        print(done.stderr, file=sys.stderr, flush=True)
+        return {"failed": (lines or ["no word of why"])[-1]}
     found: Json = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+    without = sorted({line.split("Warning: ")[-1] for line in lines if WITHOUT_A_KERNEL in line})
+    return found | ({"without": without} if without else {})
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -339,7 +347,8 @@ def page(results: dict[str, Json], note: str, kind: Page = PAGES["cpu"]) -> str:
         parts.append("Not compared: Liger's kernels are Triton's and need a GPU. Nothing here has run on one yet.\n")
     for name, found in results.items():
         body = f"Did not run: {found['failed']}\n" if "failed" in found else SECTIONS[name](found, kind.plots)
-        parts.append(f"## {TITLES[name]}\n\n{body}")
+        without = "".join(f"**Without its kernel**: {why}.\n\n" for why in found.get("without", []))
+        parts.append(f"## {TITLES[name]}\n\n{without}{body}")
     return "\n".join(parts)
 
 
@@ -356,11 +365,16 @@ def main() -> None:
     for name in a.only.split(",") if a.only is not None else kind.runs:
         print(f"{name} ...", flush=True)
         results[name] = run(*kind.runs[name])
+        write(results, a.out, kind, a.note)  # a machine that is taken away leaves what was measured
+
+
+def write(results: dict[str, Json], out: Path, kind: Page, note: str) -> None:
+    """The record, the plots and the page, with the sections that there are."""
     results = {name: results[name] for name in kind.runs if name in results}
-    a.out.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(results, indent=1) + "\n")
-    plots(results, a.out / "images", kind.plots)
-    (a.out / f"{kind.file}.md").write_text(page(results, a.note, kind))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{kind.file}.json").write_text(json.dumps(results, indent=1) + "\n")
+    plots(results, out / "images", kind.plots)
+    (out / f"{kind.file}.md").write_text(page(results, note, kind))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,8 @@ class ShardThread:
     and the coding is numpy's, which lets the teacher's thread run.
 
     Attributes:
-        waited: seconds that `put` has waited for this thread: when they grow, coding is slower than the teacher.
+        waited: seconds that `put` has waited for this thread while the device had nothing left to do: when they grow,
+            coding is slower than the teacher. (A host that runs ahead of its GPU is held up as well, and rightly.)
     """
 
     def __init__(self, writer: CacheWriter, estimate: float) -> None:
@@ -49,9 +50,10 @@ class ShardThread:
 
     def put(self, shard: int, batch: range, rows: Any, drawn: Drawn) -> None:
         """Hand over a batch; waits while QUEUE_BATCHES are pending."""
-        begin = time.perf_counter()
-        self._put((shard, batch, rows, host_copy(drawn)))
-        self.waited += time.perf_counter() - begin
+        begin, copy = time.perf_counter(), host_copy(drawn)
+        self._put((shard, batch, rows, copy))
+        if copy.is_there():
+            self.waited += time.perf_counter() - begin
 
     def bytes_per_token(self) -> float:
         """Of the shards written so far, input ids and index included; the preflight's estimate before the first."""
@@ -74,8 +76,8 @@ class ShardThread:
     def _work(self) -> None:
         spec, records = self._writer.spec, []
         while isinstance(item := self._queue.get(), tuple):
-            shard, batch, rows, arrived = item
-            records += to_records(rows, arrived(), spec.codec)
+            shard, batch, rows, copy = item
+            records += to_records(rows, copy.arrived(), spec.codec)
             if batch.stop == spec.shard_range(shard).stop:
                 self._writer.write(shard, records)
                 self._tokens += len(records) * spec.seq_len
@@ -83,15 +85,33 @@ class ShardThread:
                 records = []
 
 
-def host_copy(drawn: Drawn) -> Callable[[], Drawn]:
-    """Starts the copy of a batch's draws to the host; the function returned waits for it, on whichever thread.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HostCopy:
+    """A batch's draws on their way to the host, and the event that comes behind them (None: they were there)."""
+
+    drawn: Drawn
+    finished: Any = None
+
+    def is_there(self) -> bool:
+        """Whether nothing has to be waited for."""
+        return self.finished is None or bool(self.finished.query())
+
+    def arrived(self) -> Drawn:
+        """The draws, when they are there; on whichever thread."""
+        if self.finished is not None:
+            self.finished.synchronize()
+        return self.drawn
+
+
+def host_copy(drawn: Drawn) -> HostCopy:
+    """Starts the copy of a batch's draws to the host.
 
     On an accelerator the copies run on a stream of their own into pinned memory, behind what made the draws and beside
     the next batch; a plain `.cpu()` later would queue behind that batch. On the host nothing is copied.
     """
     devices = {each.device for each in _tensors(drawn) if each.is_cuda}
     if not devices:
-        return lambda: drawn
+        return HostCopy(drawn=drawn)
     device = devices.pop()
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
@@ -100,12 +120,7 @@ def host_copy(drawn: Drawn) -> Callable[[], Drawn]:
     for each in _tensors(drawn):
         each.record_stream(side)  # its memory is not given away before the copy is through
     finished = side.record_event(torch.cuda.Event(blocking=True))  # else waiting for it would keep a core busy
-
-    def arrived() -> Drawn:
-        finished.synchronize()
-        return copied
-
-    return arrived
+    return HostCopy(drawn=copied, finished=finished)
 
 
 def _to_pinned(tensor: torch.Tensor) -> torch.Tensor:

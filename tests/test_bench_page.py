@@ -70,6 +70,30 @@ def test_a_benchmark_that_dies_is_a_failure_on_the_page(tmp_path, monkeypatch):
     assert page.run("works", "") == {"a": 1}
 
 
+def test_a_kernel_that_was_left_out_is_said(tmp_path, monkeypatch):
+    """A GPU that it does not run on is measured with torch in its place, and a page that kept still would mislead."""
+    monkeypatch.setattr(page, "HERE", tmp_path)
+    (tmp_path / "asks.py").write_text(
+        "import torch\nfrom sparsekd import trust\n"
+        "trust.agrees('the loss', print, print, torch.device('cpu'), lambda *_: 0.5, 0.1)\nprint('{}')"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS.parent))
+    found = page.run("asks", "")
+    why = "the Triton kernel of the loss is off by 0.5 on cpu; plain torch takes its place, slower"
+    assert found == {"without": [why]}
+    monkeypatch.setitem(page.SECTIONS, "capture", lambda *_: "Figures.")
+    assert f"## Capture\n\n**Without its kernel**: {why}.\n\nFigures." in page.page({"capture": found}, "")
+
+
+def test_the_page_is_written_after_every_section(tmp_path, monkeypatch):
+    """A machine that is taken away leaves what was measured."""
+    monkeypatch.setattr(page, "run", lambda name, words: {"failed": "gone"} if name == "samplers" else 1 / 0)
+    monkeypatch.setattr(sys, "argv", ["page", "--device", "cuda", "--only", "samplers,capture", "--out", str(tmp_path)])
+    with pytest.raises(ZeroDivisionError):
+        page.main()
+    assert "Did not run: gone" in (tmp_path / "benchmarks_gpu.md").read_text()
+
+
 def test_variants_take_turns_and_ratios_are_within_a_round():
     """A machine that slows down tenfold from round to round leaves the ratio as it is."""
     order, now = [], [0.0]

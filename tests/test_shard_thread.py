@@ -15,7 +15,7 @@ from sparsekd.cache import CacheReader, CacheSpec, CacheWriter
 from sparsekd.codec import codec_spec
 from sparsekd.drawing import Drawn
 from sparsekd.errors import MismatchError, ModelError
-from sparsekd.shard_thread import QUEUE_BATCHES, ShardThread, host_copy
+from sparsekd.shard_thread import QUEUE_BATCHES, HostCopy, ShardThread, host_copy
 from sparsekd.sketch import teacher_sketch
 
 L, V, ROUNDS = 9, 40, 5
@@ -36,7 +36,20 @@ def batch(rounds: int = ROUNDS) -> tuple[SimpleNamespace, Drawn]:
 def test_nothing_is_copied_on_the_host():
     """Draws that are on the CPU already are handed over as they are."""
     drawn = batch()[1]
-    assert host_copy(drawn)() is drawn
+    assert host_copy(drawn).arrived() is drawn
+    assert host_copy(drawn).is_there()
+
+
+def test_waiting_for_the_device_is_not_waiting_for_the_writer(tmp_path, monkeypatch):
+    """A host that runs ahead of its GPU is held up by the queue: the event behind the newest batch says for whom."""
+    for there, least, most in ((False, 0.0, 0.0), (True, 0.02, 5.0)):
+        event = SimpleNamespace(query=lambda there=there: there, synchronize=lambda: time.sleep(0.02))
+        monkeypatch.setattr(shard_thread, "host_copy", lambda drawn, event=event: HostCopy(drawn=drawn, finished=event))
+        count = QUEUE_BATCHES + 4
+        with ShardThread(CacheWriter(tmp_path / str(there), spec(count)), 0.0) as background:
+            for index in range(count):
+                background.put(0, range(2 * index, 2 * index + 2), *batch())
+            assert least <= background.waited <= most
 
 
 def test_every_tensor_of_every_kind_of_draws_is_copied():
