@@ -29,13 +29,14 @@ _SCRATCHES = types.Tuple((OUT8, OUT32))
 
 @register_jitable
 def _value(classes, data, first, at, low, second):
-    """The integer of classes[at], and where the next raw bytes are."""
-    # No branch: about half of all ids take a raw byte, and none can tell which. The others read one that is not theirs.
-    each, last = np.uint64(classes[at]), np.uint64(len(data)) - np.uint64(1)
+    """The integer of classes[at], and where the next raw bytes are; the first ones are not at 0."""
+    # No branch: about half of all ids take a raw byte, and none can tell which. The others read the one before theirs.
+    each = np.uint64(classes[at])
     one, two = each >> np.uint64(7), np.uint64(each >= np.uint64(240))
-    rest = np.uint64(data[min(low, last)]) & (np.uint64(0) - one)
-    rest += (np.uint64(data[min(second, last)]) & (np.uint64(0) - two)) << np.uint64(8)
-    return np.uint64(first[each]) + rest, low + one, second + two
+    low, second = low + one, second + two
+    rest = np.uint64(data[low - np.uint64(1)]) & (np.uint64(0) - one)
+    rest += (np.uint64(data[second - np.uint64(1)]) & (np.uint64(0) - two)) << np.uint64(8)
+    return np.uint64(first[each]) + rest, low, second
 
 
 @register_jitable
