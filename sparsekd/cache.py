@@ -19,7 +19,7 @@ import json
 import operator
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -33,7 +33,7 @@ from .canary import alignment, check_alignment
 from .checks import make_folder
 from .codec import CODECS, FlatTargets, codec_engine, decode_rows, quick_rows
 from .compiled import scratch
-from .errors import FormatError, IncompleteError, MismatchError, RecipeError
+from .errors import IncompleteError, MismatchError, RecipeError
 from .files import (
     MAPS_HOLD_DESCRIPTORS,
     fetch,
@@ -42,11 +42,11 @@ from .files import (
     list_folder,
     read_file,
     remove_stale_files,
-    sha256_file,
     write_atomically,
 )
 from .folder import (
     RowRecord,
+    any_spec,
     check_shard,
     checked_header,
     decode_record,
@@ -60,7 +60,6 @@ from .manifest import (
     CacheSpec,
     check_entry,
     check_same_spec,
-    first_difference,
     make_header,
     manifest_bytes,
     missing_message,
@@ -72,6 +71,7 @@ from .manifest import (
 )
 from .padded import PaddedRows, pad_joined, pad_rows
 from .shard import FORMAT, ShardReader, masks, row_index_bytes, write_shard
+from .verify import VerifyReport, verify
 
 Array = NDArray[Any]
 Json = dict[str, Any]
@@ -370,21 +370,13 @@ def _open_manifest(path: str) -> tuple[Json, CacheSpec]:
     try:
         manifest, spec = parse_manifest(read_file(file), file)
     except FileNotFoundError:
-        spec = _any_spec(path)
+        spec = any_spec(path)
         return rebuild_manifest(path, spec, checksums=False), spec
     if not is_url(path):  # remotely, a listing can cost more than the epoch: a missing shard shows when read
         present = shard_numbers(list_folder(path))
         if not present >= set(range(spec.shards)):
             raise IncompleteError(missing_message(path, present, spec.shards))
     return manifest, spec
-
-
-def _any_spec(path: str | Path) -> CacheSpec:
-    for _, spec in found_specs(path):
-        return spec
-    raise IncompleteError(
-        f"{path}: no cache here, neither its {MANIFEST} nor a shard that can be read; check the path, or capture it"
-    )
 
 
 def _spread(flat: FlatTargets, supervised: Array) -> RowTargets:
@@ -394,74 +386,3 @@ def _spread(flat: FlatTargets, supervised: Array) -> RowTargets:
     if curve is not None:
         curve[supervised] = flat.curve
     return RowTargets(ids=ids, weights=weights, curve=curve)
-
-
-# --- verifying ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class VerifyReport:
-    """What `verify` found: rows and shards it checked, and one sentence per problem."""
-
-    rows: int
-    shards: int
-    problems: list[str]
-
-
-def verify(path: str | Path, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
-    """Reads every byte of a cache: manifest, sha256, headers, every row's crc32c, codes, hash and statistics.
-
-    `progress(done, total)` is called after each shard. Any flipped bit in any shard is reported.
-
-    Raises:
-        IncompleteError: there is no cache at all.
-        VersionError: it is from a newer sparsekd.
-    """
-    problems: list[str] = []
-    manifest = _manifest_if_sound(path, problems)
-    spec = CacheSpec.from_dict(manifest["spec"]) if manifest else _any_spec(path)
-    present = shard_numbers(list_folder(path))
-    numbers = sorted(shard for shard in present if shard < spec.shards)
-    if len(numbers) < spec.shards:
-        problems.append(missing_message(str(path), present, spec.shards))
-    rows = 0
-    for done, shard in enumerate(numbers, 1):
-        rows += _verify_shard(path, spec, shard, manifest, problems)
-        if progress:
-            progress(done, len(numbers))
-    if manifest and not problems:
-        problems += _manifest_problems(path, manifest, spec)
-    return VerifyReport(rows=rows, shards=len(numbers), problems=problems)
-
-
-def _manifest_if_sound(path: str | Path, problems: list[str]) -> Json | None:
-    file = join(path, MANIFEST)
-    try:
-        return parse_manifest(read_file(file), file)[0]
-    except FileNotFoundError:
-        return None
-    except FormatError as error:
-        problems.append(str(error))
-        return None
-
-
-def _verify_shard(path: str | Path, spec: CacheSpec, shard: int, manifest: Json | None, problems: list[str]) -> int:
-    """Appends a shard's problems; returns the number of rows that were checked."""
-    header, found = check_shard(path, spec, shard)
-    problems += found
-    file = join(path, shard_name(shard))
-    recorded = manifest["shards"][shard]["sha256"] if manifest else None
-    if recorded is not None:
-        digest = sha256_file(file)
-        if digest != recorded:
-            problems.append(f"{file}: sha256 is {digest}, {MANIFEST} says {ascii(recorded)[:80]}")
-    return header["rows"] if header else 0
-
-
-def _manifest_problems(path: str | Path, manifest: Json, spec: CacheSpec) -> list[str]:
-    rebuilt = rebuild_manifest(path, spec, checksums=True)
-    if manifest_bytes(rebuilt) == read_file(join(path, MANIFEST)):
-        return []
-    difference = first_difference(rebuilt, manifest) or ("its form", "canonical", "not canonical")
-    key, real, said = difference
-    return [f"{join(path, MANIFEST)}: {key} is {ascii(said)[:80]}, the shards say {ascii(real)[:80]}"]

@@ -192,6 +192,15 @@ def found_specs(path: str | Path) -> Iterator[tuple[str, CacheSpec]]:
             yield reader.path, header_spec(reader.header, reader.path)
 
 
+def any_spec(path: str | Path) -> CacheSpec:
+    """The first of `found_specs`; IncompleteError where there is none."""
+    for _, spec in found_specs(path):
+        return spec
+    raise IncompleteError(
+        f"{path}: no cache here, neither its {MANIFEST} nor a shard that can be read; check the path, or capture it"
+    )
+
+
 def check_shard(path: str | Path, spec: CacheSpec, shard: int) -> tuple[Json | None, list[str]]:
     """A shard's header if it can be read, and everything that is wrong with the shard."""
     file = join(path, shard_name(shard))

@@ -72,6 +72,7 @@ LAYERS: dict[str, set[str]] = {
         "padded",
         "read_ahead",
         "set_table",
+        "verify",
         "cache",
     },
     "sources": {
