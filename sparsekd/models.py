@@ -172,13 +172,19 @@ def new_student(shape: str | dict[str, Any], *, vocab_size: int, seq_len: int, t
 
 def _open_checkpoint(path: str) -> Any:
     try:
-        return open_model(path, device="cpu").train()
+        model = open_model(path, device="cpu").train()
     except ModelError as error:
         if "/" in path or Path(path).exists():
             raise
         raise ModelError(
             f"student={path!r} is not one of {', '.join(FAMILY)}, and no checkpoint either: {error}"
         ) from None
+    if getattr(model, "_hf_peft_config_loaded", False):  # transformers has frozen all of it
+        raise ModelError(
+            f"{path} is a PEFT adapter, which cannot be trained on here; save it merged into its base model "
+            "(merge_and_unload of peft), or train it in a Trainer of your own with attach_sparse_kd"
+        )
+    return model
 
 
 def _check_sizes(sizes: dict[str, Any]) -> None:

@@ -443,6 +443,18 @@ def test_a_student_from_a_checkpoint_continues_from_its_weights(world, tmp_path)
     assert losses(on)[0] < 0.8 * losses(new)[0]
 
 
+def test_an_adapter_is_no_checkpoint_to_go_on_from(world, tmp_path):
+    """transformers opens it with every weight frozen; merged into its base it is a checkpoint like any other."""
+    import peft
+
+    model = peft.get_peft_model(models.open_model(world.teacher), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ModelError, match=r"adapter is a PEFT adapter, .*; save it merged into its base model"):
+        run(world, tmp_path / "s", student=str(tmp_path / "adapter"))
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    assert run(world, tmp_path / "s", student=str(tmp_path / "merged"), max_steps=1)["steps"] == 1
+
+
 def test_the_seed_is_the_student_and_the_order(world, tmp_path):
     """Equal seeds give equal bits, other seeds other students on other rows."""
     a = run(world, tmp_path / "a", max_steps=2)
