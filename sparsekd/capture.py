@@ -48,7 +48,7 @@ from sparsekd.drawing import (
     shard_batches,
 )
 from sparsekd.errors import ModelError, RecipeError, StorageError
-from sparsekd.folder import expected_row_bytes
+from sparsekd.folder import expected_row_bytes, found_specs
 from sparsekd.making import copy_tokenizer, parse_shard_range, processes
 from sparsekd.manifest import shard_name
 from sparsekd.packed import PackedBatch, RowsReader, describe_rows
@@ -161,6 +161,7 @@ def capture(
             spec = replace(spec, capture=spec.capture | {"tensor_parallel_size": tensor_parallel_size})
         if positions_by != "evenly":
             spec = with_position_law(open_teacher(model, spec, order_V), reader, positions_by, positions)
+        spec = _named_as_begun(spec, Path(out))
         writer = CacheWriter(out, spec, engine=_engine(device))
         copy_tokenizer(reader.path, Path(out))
         source = open_teacher(model, spec, order_V)
@@ -215,6 +216,15 @@ def _make_spec(
         | ({"threads": torch.get_num_threads()} if device == "cpu" else {})
         | ({"positions": float(positions)} if positions < 1 else {}),
     )
+
+
+def _named_as_begun(spec: CacheSpec, out: Path) -> CacheSpec:
+    """The spec with the teacher's name as the folder has it already: the same weights may have moved since, or lie
+    elsewhere on this worker's machine."""
+    _, begun = next(found_specs(out), (None, spec)) if out.is_dir() else (None, spec)
+    if begun.teacher.get("weights") != spec.teacher["weights"]:
+        return spec  # the writer says what differs
+    return replace(spec, teacher=spec.teacher | {key: begun.teacher.get(key) for key in ("id", "revision")})
 
 
 def with_position_law(source: Teacher, reader: RowsReader, by: str, share: float) -> CacheSpec:

@@ -113,9 +113,15 @@ def head_of(model: Any) -> Head:
     """The head's weights and form, as the forward pass uses them now.
 
     Raises:
-        ModelError: no output embedding, or one that an adapter rewrites (LoRA on the head would get no gradient).
+        ModelError: no model of transformers, no output embedding, or one that an adapter rewrites (LoRA on the head
+            would get no gradient).
     """
     inner = inner_model(model)
+    if not hasattr(inner, "get_output_embeddings"):
+        raise ModelError(
+            f"{type(inner).__name__} is no model of transformers, whose head could be found; in a loop of your own, "
+            "give its hidden states and head to fused_linear_sparse_kl, or its logits to sparse_kl"
+        )
     module = inner.get_output_embeddings()
     if module is None:
         raise ModelError(f"{type(inner).__name__} has no output embedding")

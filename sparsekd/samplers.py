@@ -220,6 +220,11 @@ def _in_order(logits_NV: Tensor, sampler: str, order: Tensor | None) -> Tensor:
 
 
 def _keys(logits_NV: Tensor, seed: int, rows: Tensor | None, positions: Tensor | None) -> Keys:
+    if logits_NV.ndim != 2:
+        raise ValueError(
+            f"logits are {tuple(logits_NV.shape)}, draws are made from [N, V]: give logits.flatten(0, -2), and the "
+            "positions' rows= and positions="
+        )
     count, device = len(logits_NV), logits_NV.device
     return Keys(
         seed=seed,

@@ -293,6 +293,20 @@ def test_resuming_with_other_settings_names_both_values(world, tmp_path):
         run(world, tmp_path / "c", threads=2)
 
 
+def test_a_teacher_that_has_moved_is_the_same_teacher(world, tmp_path):
+    """The same weights under another path go on with a cache to the same bytes; other weights are refused."""
+    shutil.copytree(world.cache, tmp_path / "c")
+    (tmp_path / "c" / "shard-00001.safetensors").unlink()
+    moved = shutil.copytree(world.teacher, tmp_path / "moved")
+    run(world, tmp_path / "c", teacher=str(moved))
+    assert folder_bytes(tmp_path / "c") == folder_bytes(world.cache)
+    other = models.open_model(str(moved))
+    other.get_input_embeddings().weight.data[0] += 1
+    other.save_pretrained(moved)
+    with pytest.raises(MismatchError, match=r"teacher\.id|teacher\.weights"):
+        run(world, tmp_path / "c", teacher=str(moved))
+
+
 def test_repacked_rows_are_refused(world, tmp_path):
     """Rows packed otherwise do not go into an existing cache: both seq_len are named."""
     from sparsekd.rows import pack

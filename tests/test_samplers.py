@@ -436,6 +436,12 @@ def test_importance_draws_that_are_none_are_refused(settings, words):
         samplers.sample_importance(torch.zeros(1, 10), rounds=5, **settings)
 
 
+def test_logits_of_a_whole_batch_are_refused_with_the_way_out():
+    """Draws are keyed by row and position: [B, L, V] has to say which they are."""
+    with pytest.raises(ValueError, match=r"logits are \(2, 3, 5\), draws are made from \[N, V\]: give logits.flatten"):
+        skd.sample(torch.zeros(2, 3, 5), "systematic")
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("sampler", samplers.SAMPLERS)
 def test_logits_that_are_not_finite_are_refused(sampler, bad):

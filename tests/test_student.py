@@ -172,6 +172,8 @@ def test_an_unknown_form_of_head_is_refused():
     model.__class__ = Strange
     with pytest.raises(ModelError, match="do not reproduce the model's logits"):
         skd.attach_sparse_kd(model)
+    with pytest.raises(ModelError, match=r"Linear is no model of transformers, .* give its hidden states"):
+        skd.attach_sparse_kd(torch.nn.Linear(2, 2))
 
 
 def test_peft():
