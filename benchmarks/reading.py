@@ -7,13 +7,15 @@ rows of 4,096 tokens with about 15 ids each, beside the same targets as Parquet 
 those packages are. The wait is what a training step finds left to do when it asks for its next batch: the demo's
 student, 16 rows of 128 tokens, through a torch DataLoader. The last line is JSON.
 
-Of a CACHE: its own epoch in batches of 16 rows, each batch at once and row by row, and nothing else.
+Of a CACHE: its own epoch in batches of 16 rows, each batch at once and row by row, and through a DataLoader what a
+batch costs this process and its workers, without any and with two. Nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
 import tempfile
 import time
@@ -86,6 +88,27 @@ def report_cache(path: str, rounds: int) -> None:
         runs = {"a batch at once": lambda: epoch(rows, 16), "row by row": lambda: row_by_row(rows, 16)}
         for name, spent in medians(alternating(runs, rounds)).items():
             print(f"{name:<18}{rows.stats['tokens'] / spent / 1e6:>6.2f} M tokens/s to ready tensors")
+        for workers in (0, 2) * rounds:
+            own, theirs = loader_microseconds(rows, 16, workers)
+            print(
+                f"DataLoader, {workers} worker processes: {own:6.0f} µs of CPU a batch here, {theirs:6.0f} µs in them"
+            )
+
+
+def loader_microseconds(rows: CacheReader, batch: int, workers: int) -> tuple[float, float]:
+    """CPU time of a batch in this process and in worker processes, from their start to their end, over two epochs."""
+
+    def spent() -> tuple[float, float]:
+        theirs = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return time.process_time(), theirs.ru_utime + theirs.ru_stime
+
+    dataset = skd.CacheDataset(rows, seed=0)
+    before, count = spent(), 0
+    for _ in range(2):
+        for _ in torch.utils.data.DataLoader(dataset, batch, collate_fn=skd.SparseKDCollator(), num_workers=workers):
+            count += 1
+    own, theirs = (1e6 * (now - then) / count for now, then in zip(spent(), before, strict=True))
+    return own, theirs
 
 
 def peers(folder: Path, records: list[RowRecord]) -> dict[str, object]:
