@@ -27,8 +27,8 @@ from sparsekd.order import permute, permute_near
 from sparsekd.padded import pad_rows
 from sparsekd.read_ahead import ReadAhead
 
-# `benchmarks/reading.py CACHE`: 16 rows of 128 tokens take 0.8 to 1.2 ms of CPU without worker processes; with two 1.3 to
-# 1.6 ms in the one that trains, and 3.7 ms in them.
+# `benchmarks/reading.py CACHE`: 16 rows of 128 tokens take 0.8 to 1.2 ms of CPU without worker processes; with two 1.3
+# to 1.6 ms in the one that trains, and 3.7 ms in them.
 _WORKERS = (
     "a cache on a local disk is read by worker processes: it costs several times as much to bring a batch from one "
     "process to another as to read it; with num_workers=0 (Trainer: dataloader_num_workers=0) a thread reads ahead"
