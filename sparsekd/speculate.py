@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sparsekd import heads, metrics, models
 from sparsekd.checks import check_at_least, check_seed, make_folder
+from sparsekd.drafts import drafting, expected_acceptance, expected_calls
 from sparsekd.errors import MismatchError, ModelError, RecipeError, SourceError
 from sparsekd.files import write_atomically
 from sparsekd.metrics import Estimate
@@ -30,81 +31,6 @@ from sparsekd.packed import RowsReader
 CURVE = (1, 2, 3, 4, 5, 6, 8, 12, 16)
 CHUNK_POSITIONS = 256  # whose logits exist at a time
 _WARM_UP_TOKENS = 4
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Drafting:
-    """What one teacher call yields: `accepted` drafted tokens on average, and with the teacher's own `tokens_per_call`.
-
-    `standard_error` is of both, over texts: None for one text, 0 for a known acceptance rate.
-    """
-
-    accepted: float
-    tokens_per_call: float
-    standard_error: float | None
-
-
-# --- expected --------------------------------------------------------------------------------------------
-
-
-def expected_acceptance(acceptance: float | Sequence[Tensor], draft_length: int) -> Drafting:
-    """Accepted drafts and tokens per teacher call, from acceptance probabilities alone.
-
-    Args:
-        acceptance: one rate a for all positions, taken as independent: (1 - a^(g+1)) / (1 - a) tokens per call, for
-            endless text; or the probabilities along texts, one [P] tensor each: hard positions come in clusters, and
-            a text's end shortens its last drafts, so the numbers are lower and exact (see `expected_calls`).
-        draft_length: g, tokens that the student drafts before each teacher call.
-
-    Raises:
-        RecipeError: a draft length below 1, a probability outside [0, 1], or no position at all.
-    """
-    check_at_least(1, draft_length=draft_length)
-    if isinstance(acceptance, int | float):
-        _check_probabilities(torch.tensor([float(acceptance)]))
-        return _drafting(Estimate(mean=math.fsum(acceptance**k for k in range(draft_length + 1)), standard_error=0.0))
-    texts = [text for text in acceptance if len(text)]
-    if not texts:
-        raise RecipeError("expected acceptance of no text; give at least one position")
-    calls = [expected_calls(text, draft_length) for text in texts]
-    return _drafting(metrics.ratio_of_sums([len(text) for text in texts], calls))
-
-
-def expected_calls(acceptance_P: Tensor, draft_length: int) -> float:
-    """Expected number of teacher calls for a text of P tokens, one probability of an accepted draft for each.
-
-    Let s(t) be the probability that a call starts at token t. With r tokens left the student drafts
-    min(draft_length, r - 1) of them; a call that accepts k ends k + 1 tokens on. Σ s(t) is the number of calls.
-
-    Given min(1, q(x) / p(x)) of each token x of a text that the teacher wrote, this is exact: that is the probability
-    that x was an accepted draft, whatever came before. Given Σ min(p, q) it is an estimate for other texts.
-    """
-    _check_probabilities(acceptance_P)
-    accept = acceptance_P.double().tolist()
-    start = [1.0] + [0.0] * len(accept)
-    for t in range(len(accept)):
-        reached = start[t]
-        drafted = min(draft_length, len(accept) - t - 1)
-        for token in range(t, t + drafted):
-            start[token + 1] += reached * (1 - accept[token])
-            reached *= accept[token]
-        start[t + drafted + 1] += reached
-    return math.fsum(start[:-1])
-
-
-def _drafting(tokens_per_call: Estimate) -> Drafting:
-    error = tokens_per_call.standard_error
-    return Drafting(
-        accepted=tokens_per_call.mean - 1,
-        tokens_per_call=tokens_per_call.mean,
-        standard_error=error if math.isfinite(error) else None,
-    )
-
-
-def _check_probabilities(acceptance: Tensor) -> None:
-    outside = ~((acceptance >= 0) & (acceptance <= 1))  # so written, a NaN counts
-    if outside.any():
-        raise RecipeError(f"acceptance={float(acceptance[outside][0])} is no probability; give values in [0, 1]")
 
 
 # --- the program -----------------------------------------------------------------------------------------
@@ -392,7 +318,7 @@ def _measured(blocks: list[list[int]], kept: list[Tensor], draft_length: int) ->
     examined = [got + _refused(sizes, draft_length) for got, sizes in zip(accepted, blocks, strict=True)]
     expected = [expected_calls(text, draft_length) for text in kept]
     excess = metrics.mean_and_standard_error([real - mean for real, mean in zip(calls, expected, strict=True)])
-    return asdict(_drafting(metrics.ratio_of_sums(tokens, calls))) | {
+    return asdict(drafting(metrics.ratio_of_sums(tokens, calls))) | {
         "acceptance": _plain(metrics.ratio_of_sums(accepted, examined)),
         "tokens": sum(tokens),
         "calls": sum(calls),

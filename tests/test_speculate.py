@@ -14,11 +14,12 @@ from conftest import SEQ_LEN
 
 from sparsekd import models
 from sparsekd.cli import app
+from sparsekd.drafts import expected_acceptance, expected_calls
 from sparsekd.errors import MismatchError, ModelError, RecipeError, SourceError
 from sparsekd.evaluate import evaluate
 from sparsekd.packed import RowsReader
 from sparsekd.rows import pack
-from sparsekd.speculate import _acceptance, expected_acceptance, expected_calls, speculate
+from sparsekd.speculate import _acceptance, speculate
 from sparsekd.train import train
 
 NEW_TOKENS, PROMPTS, DRAFT = 40, 10, 3
