@@ -31,7 +31,7 @@ from sparsekd.cache import (
 )
 from sparsekd.codec import FlatTargets, codec_spec
 from sparsekd.errors import FormatError, IncompleteError, MismatchError, RecipeError, StorageError
-from sparsekd.manifest import MANIFEST, shard_name
+from sparsekd.manifest import MANIFEST, same_stats, shard_name
 from sparsekd.shard import row_index_bytes
 
 VOCAB, SEQ_LEN, ROUNDS = 97, 16, 10
@@ -446,6 +446,22 @@ def test_weights_can_be_cached_too(tmp_path, codec):
     assert verify(tmp_path).problems == []
     with CacheReader(tmp_path) as reader:
         np.testing.assert_allclose(reader[3].targets.weights.sum(-1), reader[3].supervised[1:], rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({}, True),
+        ({"pairs": 21}, False),
+        ({"next_token_weight": 5 * (1 + 5e-6)}, True),
+        ({"next_token_weight": 5 + 1e-3}, False),
+    ],
+)
+def test_statistics_agree_to_float32(change, same):
+    """Counts exactly; weights as far as another machine's float32 can tell."""
+    recorded = dict.fromkeys(("tokens", "positions", "pairs", "payload_bytes", "id_max", "next_token_hits"), 20)
+    recorded |= {"next_token_weight": 5.0}
+    assert same_stats(recorded, recorded | change) == same
 
 
 # --- the alignment canary -------------------------------------------------------------------------------
