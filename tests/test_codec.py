@@ -365,6 +365,21 @@ def test_decoded_importance_weights_are_the_samplers_to_the_stated_precision(tem
     assert (np.abs(again.weights[at] - normalised)).mean() < 0.01 * power * normalised.mean()
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.3, 2.5])
+def test_weights_of_importance_draws_are_rounded_once(temperature):
+    """Whatever p, H and N: the float32 beside the float64 formula, counts (2^H p)^(1-t) / N or that over its sum."""
+    rng, sizes = np.random.default_rng(0), np.array([7, 0, 13, 1, 9])
+    owner, power = np.repeat(np.arange(5), sizes), 1 - temperature
+    logs, entropy = -12 * rng.random(30, np.float32), 12 * rng.random(5, np.float32)
+    values = rng.integers(1, 10_000, 30).astype(np.uint32)
+    plain = values * np.exp2(power * (logs.astype(np.float64) + entropy[owner])) / 9999
+    given = Importance(log2_p=logs, entropy=entropy, temperature=temperature, normalize=False)
+    flat = FlatTargets(ids=np.arange(30, dtype=np.uint32), values=values, sizes=sizes, rounds=9999, importance=given)
+    np.testing.assert_allclose(flat.weights, plain, rtol=6e-8)
+    normal = replace(flat, importance=replace(given, normalize=True))
+    np.testing.assert_allclose(normal.weights, plain / np.bincount(owner, plain)[owner], rtol=6e-8)
+
+
 def test_the_two_weightings_differ_as_the_docstring_says():
     """One draw, t = 0.5: self-normalised weighs it 1 whatever its p; plain weighs it p/q, and Σ_i q_i p_i/q_i = 1."""
     p = np.array([0.6, 0.3, 0.1])
@@ -372,8 +387,8 @@ def test_the_two_weightings_differ_as_the_docstring_says():
     entropy = np.log2((p**0.5).sum()) / 0.5
     given = Importance(log2_p=np.log2(p), entropy=np.full(3, entropy), temperature=0.5, normalize=False)
     one = FlatTargets(ids=np.arange(3), values=np.ones(3, np.uint32), sizes=np.ones(3, int), rounds=1, importance=given)
-    np.testing.assert_allclose(one.weights, p / q, rtol=1e-6)
-    assert (q * one.weights).sum() == pytest.approx(1, rel=1e-6)
+    np.testing.assert_allclose(one.weights, p / q, rtol=6e-8)
+    assert (q * one.weights).sum() == pytest.approx(1, rel=6e-8)
     from dataclasses import replace
 
     np.testing.assert_allclose(replace(one, importance=replace(given, normalize=True)).weights, 1)

@@ -417,6 +417,7 @@ def test_a_full_disk_is_told_and_cleaned_up(tmp_path: Path, tokenizer: Any, monk
         ({"seq_len": 1}, r"seq_len=1 leaves no next token to predict"),
         ({"seed": -1}, r"seed=-1 is outside \[0, 2\^64\)"),
         ({"heldout": 1.0}, r"heldout=1\.0 is outside \[0, 1\)"),
+        ({"heldout": -0.02}, r"heldout=-0\.02 is outside \[0, 1\)"),
         ({"limit_tokens": 0}, r"limit_tokens=0 keeps nothing"),
     ],
 )
