@@ -50,10 +50,12 @@ def attach_sparse_kd(
         sets: what ids beyond the vocabulary stand for in a transcoded cache; the loss is then `sparse_ce`'s.
 
     Raises:
-        ValueError: a divergence that sparse targets cannot give, an unknown residual.
+        ValueError: a divergence that sparse targets cannot give, or beside it what only forward_kl has; an unknown
+            residual.
         ModelError: prompt tuning, LoRA on the head, or a head that cannot be rebuilt from its weights.
     """
     check_sparse_divergence(divergence)
+    _check_beside(divergence, ce_weight=ce_weight, residual=residual, hard_ratio=hard_ratio)
     LossOptions(ce_weight=ce_weight, residual=residual)
     if sets is not None and (residual, hard_ratio, divergence) != ("none", 1.0, "forward_kl"):
         raise ValueError("a cache with prefix sets takes residual=none, hard_ratio=1 and divergence=forward_kl only")
@@ -109,6 +111,14 @@ def attach_sparse_kd(
     return model
 
 
+def _check_beside(divergence: str, **settings: Any) -> None:
+    """Another divergence is all of the loss; what would be left out without a word is refused."""
+    plain = {"ce_weight": 0.0, "residual": "none", "hard_ratio": 1.0}
+    for name, value in settings.items():
+        if divergence != "forward_kl" and value != plain[name]:
+            raise ValueError(f"{name}={value} goes with divergence=forward_kl only, not with {divergence}")
+
+
 def _hard_weights(targets: SparseTargets, labels: Tensor | None, ratio: float) -> Tensor | None:
     if ratio == 1 or labels is None:
         return None
@@ -118,12 +128,13 @@ def _hard_weights(targets: SparseTargets, labels: Tensor | None, ratio: float) -
 def attach_full_kd(model: Any, teacher: Any, *, ce_weight: float = 0.0, divergence: str = "forward_kl") -> Any:
     """The online baseline: in training, forward runs the teacher and returns `full_kl` to its whole distribution.
 
-    With another `divergence` of `divergences.DIVERGENCES` (paper, section 6.3) it returns that one.
+    With another `divergence` of `divergences.DIVERGENCES` (paper, section 6.3) it returns that one, without ce_weight.
 
     The teacher is held outside the student's modules: it is neither saved, wrapped nor trained. In eval mode forward
     is what it was.
     """
     check_divergence(divergence)
+    _check_beside(divergence, ce_weight=ce_weight)
     inner = inner_model(model)
     own_forward = inner.forward
     held = [teacher.eval().requires_grad_(False)]

@@ -217,14 +217,19 @@ def test_experts_stay_balanced():
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": L}
     losses, inputs = {}, batch()
     for asked in (True, False):
-        torch.manual_seed(0)
-        model = MixtralForCausalLM(
-            MixtralConfig(**shape, **heads, output_router_logits=asked, router_aux_loss_coef=0.5)
-        )
+
+        def build(asked=asked):
+            torch.manual_seed(0)
+            config = MixtralConfig(**shape, **heads, output_router_logits=asked, router_aux_loss_coef=0.5)
+            return MixtralForCausalLM(config)
+
+        model = build()
         own = model(input_ids=inputs["input_ids"], labels=inputs["labels"]).loss
         skd.attach_sparse_kd(model, ce_weight=1.0)
         losses[asked] = model(**inputs).loss
         torch.testing.assert_close(losses[asked], own)
+        full = skd.attach_full_kd(build(), tiny(), ce_weight=1.0).train()
+        torch.testing.assert_close(full(input_ids=inputs["input_ids"], labels=inputs["labels"]).loss, own)
     assert losses[True] > losses[False] + 0.1
 
 
@@ -363,3 +368,31 @@ def test_hard_tokens_and_divergences_inside_forward():
     torch.testing.assert_close(model(input_ids=inputs["input_ids"], labels=inputs["labels"]).loss, want)
     with pytest.raises(ValueError, match="no meaning on sparse targets"):
         skd.attach_sparse_kd(tiny(), divergence="reverse_kl")
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "mse"])
+def test_num_items_in_batch_divides_every_loss(divergence):
+    """What Trainer hands on under accumulation: the sum over positions is divided by it, online and from a cache."""
+    inputs, items = batch(), 1000
+    kept = (inputs["labels"][:, 1:] != -100).sum()
+    full = skd.attach_full_kd(tiny(), tiny(hidden_size=32).eval(), divergence=divergence).train()
+    sparse = skd.attach_sparse_kd(tiny(), divergence=divergence)
+    for model, given in ((full, {k: inputs[k] for k in ("input_ids", "labels")}), (sparse, inputs)):
+        scaled = model(**given, num_items_in_batch=items).loss * items
+        torch.testing.assert_close(scaled, model(**given).loss * kept)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"ce_weight": 0.1}, "ce_weight=0.1 goes with divergence=forward_kl only, not with mse"),
+        ({"residual": "ghost"}, "residual=ghost goes with"),
+        ({"hard_ratio": 2.0}, "hard_ratio=2.0 goes with"),
+    ],
+)
+def test_what_another_divergence_would_leave_out_is_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        skd.attach_sparse_kd(tiny(), divergence="mse", **settings)
+    if "ce_weight" in settings:
+        with pytest.raises(ValueError, match=words):
+            skd.attach_full_kd(tiny(), tiny(), divergence="mse", **settings)
