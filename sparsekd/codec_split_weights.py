@@ -38,6 +38,7 @@ Rounding = Callable[[FlatTargets], Array]
 
 OCTAVE = 32
 _DEEPEST = 149 * OCTAVE  # 2^-149, the smallest positive float32
+_LEVEL_BITS, _ID_BITS = _DEEPEST.bit_length(), 20
 POWERS = np.exp2(-np.arange(_DEEPEST + 1) / OCTAVE)
 
 
@@ -101,9 +102,11 @@ def _on_grid(flat: FlatTargets, spec: Spec, rounding: Rounding, most: int) -> Fl
     twice = find_twice(flat.ids, flat.sizes, spec["logit_width"])
     if twice is not None:
         raise MismatchError(f"supervised position {twice} has an id twice; add its weights up before encoding")
-    levels = rounding(flat)
-    order = np.lexsort((flat.ids, levels, flat.positions))
-    return FlatTargets(ids=flat.ids[order], values=levels[order], sizes=flat.sizes)
+    # One number an entry: numpy sorts those ten times as fast as three columns.
+    keys = (flat.positions << _LEVEL_BITS | rounding(flat)) << _ID_BITS | flat.ids
+    keys.sort()
+    levels = keys >> _ID_BITS & (1 << _LEVEL_BITS) - 1
+    return FlatTargets(ids=(keys & (1 << _ID_BITS) - 1).astype(np.uint32), values=levels, sizes=flat.sizes)
 
 
 def _encode(flat: FlatTargets) -> bytes:

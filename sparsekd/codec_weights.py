@@ -31,8 +31,9 @@ def positive(flat: FlatTargets) -> FlatTargets:
         raise MismatchError(
             f"supervised position {flat.positions[at]} has weight {flat.values[at]}; weights are finite and >= 0"
         )
-    kept = flat.values > 0
-    sizes = np.bincount(flat.positions[kept], minlength=len(flat.sizes)).astype(np.int64)
+    kept, sizes = flat.values > 0, flat.sizes
+    if not kept.all():
+        sizes = np.bincount(flat.positions[kept], minlength=len(flat.sizes)).astype(np.int64)
     if int(sizes.max(initial=0)) > 0xFFFF:
         raise MismatchError(f"a position has {sizes.max()} entries, the format holds 65535; keep fewer ids")
     return FlatTargets(ids=flat.ids[kept], values=flat.values[kept], sizes=sizes)

@@ -25,6 +25,8 @@ from .flat import FlatTargets
 Array = NDArray[Any]
 Spec = Mapping[str, Any]
 
+_DEARER = 4  # times as long as to read an entry numpy takes to write one
+
 
 # --- writing --------------------------------------------------------------------------------------------
 
@@ -40,7 +42,8 @@ def encode_quickly(
     most: int = 1,
 ) -> bytes | None:
     """`encode_weights_row` (no input ids: `encode_weights`) with ids by `table` [V]."""
-    fast, width, tokens = compiled.encode_kernels(len(flat.ids)), spec["logit_width"], whole_numbers(input_ids)
+    fast = compiled.encode_kernels(_DEARER * len(flat.ids))
+    width, tokens = spec["logit_width"], whole_numbers(input_ids)
     if fast is None or tokens is None or flat.rounds is not None or flat.curve is not None or not len(flat.ids):
         return None
     positions, entries, length, id_bits = len(flat.sizes), len(flat.ids), len(tokens), (width - 1).bit_length()
