@@ -85,6 +85,7 @@ class Reading:
         models.check_context(self.model, reader.seq_len, "teacher")
         size, way_out = reader.manifest["tokenizer"]["vocab_size"], "pack the rows with the teacher's tokenizer"
         models.check_width(self.model, size, f"teacher {teacher}", way_out)
+        models.check_own_tokenizer(teacher, reader.tokenizer_hash, "teacher", way_out)
         self.student = None if student is None else models.open_model(student, dtype=dtype, device=device)
         if self.student is not None:
             models.check_width(self.student, size, f"student {student}", "an angle needs one vocabulary")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from sparsekd.plan import candidates, choose, plan, plan_text
 from sparsekd.position_budget import calibrate, entropies, inclusion
 from sparsekd.rng import Keys
 from sparsekd.shard import row_index_bytes
+from sparsekd.vocab import train_tokenizer
 
 SMALL = {"rounds": [10, 20], "top_k": [5], "device": "cpu"}
 
@@ -45,6 +47,17 @@ def stored_bytes(folder):
     files = sorted(Path(folder).glob("shard-*"))
     headers = sum(8 + int.from_bytes(file.read_bytes()[:8], "little") for file in files)
     return sum(file.stat().st_size for file in files) - headers, skd.CacheReader(str(folder)).manifest["stats"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [(10**9, "2,222.2 hours"), (450_000, "1.0 hours"), (7_500, "1.0 minutes"), (750, "0.1 minutes")],
+)
+def test_the_pass_over_all_tokens_takes_as_long_as_that_over_some(planned, tokens, words):
+    """500 tokens in 4 seconds are 125 a second."""
+    text = plan_text(planned | {"sampled_tokens": 500, "teacher_seconds": 4.0, "tokens": tokens})
+    assert f"which one process like this one does in {words} (125 tokens/s)\n" in text
+    assert planned["teacher_seconds"] > 0
 
 
 def test_bytes_are_those_of_a_capture(world, planned, tmp_path):
@@ -185,6 +198,14 @@ def test_a_student_of_ones_own(world, tmp_path):
             out=tmp_path / "r",
             **settings | {"student": str(tmp_path / "narrow")},
         )
+
+
+def test_a_teacher_of_another_tokenizer_is_refused(world, tmp_path):
+    """As capture would: a plan for it would be one of noise."""
+    shutil.copytree(world.teacher, tmp_path / "foreign")
+    train_tokenizer(["Quick zebras jump over vexing walls. " * 50], 300).save_pretrained(tmp_path / "foreign")
+    with pytest.raises(MismatchError, match=r"tokenizer differs: .* teacher .*foreign comes with"):
+        plan(rows=world.rows, teacher=str(tmp_path / "foreign"), out=tmp_path / "p", sample_tokens=64, **SMALL)
 
 
 def line(name, size, **values):
