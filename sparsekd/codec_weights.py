@@ -64,6 +64,10 @@ def _power_table() -> Array:
 def encode_prob40(flat: FlatTargets, spec: Spec) -> bytes:
     """Weights up to 2^16, each as its own logarithm."""
     flat = positive(flat)
+    if len(flat.values) and float(flat.values.max()) > 1.0003 * 2**16:
+        raise MismatchError(
+            f"prob40 holds weights up to 65536, got {flat.values.max()}; draw more rounds, or at a temperature nearer 1"
+        )
     codes = np.rint((16 - np.log2(flat.values.astype(np.float64))) * OCTAVE).clip(0, 65535)
     words = flat.ids.astype(np.uint64) | (codes.astype(np.uint64) << np.uint64(24))
     return _with_sizes(flat.sizes, words, 5)

@@ -598,6 +598,21 @@ def test_targets_that_do_not_fit_are_not_written(flat, words):
         encode(flat, spec_of("raw24", 100, 5))
 
 
+def test_the_largest_and_the_smallest_weights():
+    """prob40 reaches from 2^16 to 2^-48 (less is taken for that), prob24 from 1 to 2^-149 in steps; what is more is
+    refused, not cut."""
+    flat, spec = flat_weights([[(1, 2.0**16), (2, 2.0**-48), (3, 1e-30)]]), spec_of("prob40", 100)
+    least = np.float32(2 ** (16 - 65535 / 1024))
+    assert decode(encode(flat, spec), 1, spec).values.tolist() == [2.0**16, least, least]
+    with pytest.raises(MismatchError, match=r"prob40 holds weights up to 65536, got 65600\.0; draw more rounds"):
+        encode(flat_weights([[(1, 65600.0)]]), spec)
+    falling, spec = flat_weights([[(i, 2.0 ** (-149 * i / 60)) for i in range(61)]]), spec_of("prob24", 100)
+    found = decode(encode(falling, spec), 1, spec).values
+    np.testing.assert_allclose(np.log2(found), np.log2(falling.values), atol=0.05)  # 2.2 % √octaves, of 2.5
+    with pytest.raises(MismatchError, match=r"prob24 holds probabilities, got a weight of 1\.5; use prob40"):
+        encode(flat_weights([[(1, 1.5)]]), spec)
+
+
 def weighed(flat, temperature=0.5):
     """The same counts as draws of q ∝ p^t, of probability 1/2 each."""
     logs, entropy = np.full(len(flat.ids), -1, np.float32), np.ones(len(flat.sizes), np.float32)
