@@ -28,6 +28,7 @@ from sparsekd import (
     alm,
     drawing,
     evaluate,
+    fused_chunks,
     heads,
     inversion,
     losses,
@@ -38,6 +39,7 @@ from sparsekd import (
     speculate,
     student,
     uld,
+    variance,
 )
 from sparsekd.cache import CacheSpec
 from sparsekd.codec import CODECS, codec_spec, default_codec
@@ -46,7 +48,7 @@ from sparsekd.generation import invert
 from sparsekd.position_budget import LAWS, PositionLaw, law_settings
 from sparsekd.residuals import RESIDUALS, hard_token_weights
 from sparsekd.rng import Keys
-from sparsekd.row_losses import LossOptions, prepare
+from sparsekd.row_losses import HeadForm, LossOptions, prepare
 from sparsekd.targets import SparseTargets
 from sparsekd.vocabulary_order import _ranks
 
@@ -81,7 +83,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tensors may be made on "cuda"; kernels are not compiled, and pinned memory is any."""
     monkeypatch.setattr(inversion, "_kernel_on", lambda logits_NV: False)
     monkeypatch.setattr("sparsekd.fused_gpu.find_spec", lambda name: None)
-    monkeypatch.setattr("sparsekd.fused_chunks.adds_in_float32", lambda *_: True)
+    monkeypatch.setattr(fused_chunks, "adds_in_float32", lambda *_: False)  # torch 2.11's fake one takes no out_dtype
     monkeypatch.setattr(student, "check_rebuilt", lambda model: None)
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
     with cuda_guard(), FakeTensorMode():
@@ -223,6 +225,13 @@ def vars_of(part: Any) -> list[Tensor]:
     return [x for name in part.__slots__ if isinstance(x := getattr(part, name), Tensor)]
 
 
+@pytest.mark.parametrize("name", samplers.SAMPLERS)
+def test_what_a_sampler_costs_is_told_where_the_teacher_is(gpu, name):
+    with NothingWaits():
+        found = variance.fidelity(floats(N, V, dtype=torch.float64), name, **samplers.default_parameters(name))
+        variance.head_noise(found.variance, floats(N, 32))
+
+
 def test_parts_of_draws(gpu):
     with NothingWaits():
         Keys(seed=1, rows=ids(N), positions=ids(N)).coins()
@@ -244,6 +253,36 @@ def test_sparse_losses_wait_for_nothing(gpu, residual, options):
         rows = prepare(targets(N, K), ids(N), options, V, torch.float32)
         held = SimpleNamespace(saved_tensors=(floats(N, V, dtype=torch.bfloat16),), rows=rows, options=options)
         losses._SparseLoss.backward(held, floats(N))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_the_fused_loss_and_its_gradients_wait_for_nothing(gpu, residual, dtype):
+    """By torch's rows, in chunks, with every gradient; all rows, or the picked ones of more."""
+    options = LossOptions(residual=residual, ce_weight=0.1, z_loss=1e-4, temperature=2.0)
+    rows, wanted = (
+        prepare(targets(N, K), ids(N), options, V, torch.float32),
+        {"hidden": True, "head": True, "bias": True},
+    )
+    for picks in (None, torch.arange(N, device="cuda")):
+        hidden, head, bias = floats(N if picks is None else 9, 32, dtype=dtype), floats(V, 32, dtype=dtype), floats(V)
+        with NothingWaits():
+            total, gradients = fused_chunks.loss_and_gradients(
+                hidden,
+                head,
+                bias,
+                rows,
+                floats(N),
+                picks=picks,
+                form=HeadForm(softcap=30.0),
+                options=options,
+                wanted=fused_chunks.Wanted(**wanted),
+                compute=dtype,
+                chunk_rows=4,
+            )
+        assert total.is_cuda
+        assert gradients.head is not None
+        assert gradients.head.shape == head.shape
 
 
 def test_other_losses_wait_for_nothing(gpu):
@@ -285,7 +324,7 @@ METHODS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("asked", METHODS, ids=str)
 def test_a_student_steps_forward_and_nothing_waits(gpu, asked):
-    """With a batch as the collator gives it, brought to the device."""
+    """With a batch as the collator gives it, brought to the device; the fused loss is one operator here (above)."""
     model = skd.attach_sparse_kd(tiny_model(torch.float32), **asked).train()
     batch = {"input_ids": ids(B, L), "labels": ids(B, L), "kd_ids": ids(B, L - 1, K).int()}
     with NothingWaits():
