@@ -235,6 +235,21 @@ def test_bad_records_name_their_place(tmp_path: Path, content: bytes, words: str
         texts_of(tmp_path / "a.jsonl")
 
 
+def test_one_document_larger_than_the_memory_is_refused_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dump in one text file, before a byte of it is read; cut up it is read, and so is a file that fits."""
+    (tmp_path / "dump.txt").write_text("a line of the dump\n\n" * 50)
+    monkeypatch.setattr(corpus, "_physical_memory", lambda: 79_000)
+    with pytest.raises(
+        SourceError, match=r"dump\.txt is one document of 1e-06 GB: .* by text_by=paragraph or text_by=line"
+    ):
+        texts_of(tmp_path / "dump.txt")
+    assert len(texts_of(tmp_path / "dump.txt", text_by="paragraph")) == 50
+    monkeypatch.setattr(corpus, "_physical_memory", lambda: 80_000)
+    assert len(texts_of(tmp_path / "dump.txt")) == 1
+
+
 def test_text_that_is_not_utf8_names_the_byte(tmp_path: Path) -> None:
     """A Latin-1 file is refused with the byte and its offset, however the file is cut."""
     (tmp_path / "a.txt").write_bytes(b"line one\ncaf\xe9\n")
