@@ -181,6 +181,17 @@ def test_many_shards_do_not_stay_open(tmp_path, monkeypatch, limit):
         assert len(reader._shards) == 2
 
 
+def test_the_shard_that_was_read_longest_ago_is_let_go(tmp_path, monkeypatch):
+    """Of three shards two stay open: one that is read over and over is opened once."""
+    monkeypatch.setattr("sparsekd.cache._OPEN_SHARDS", 2)
+    with CacheReader(capture(tmp_path / "cache", make_spec(rows=6))) as reader:
+        opened, plain = [], reader._open_shard
+        monkeypatch.setattr(reader, "_open_shard", lambda shard: (opened.append(shard), plain(shard))[1])
+        for index in (0, 2, 1, 4, 0, 3, 1):
+            reader[index]
+    assert opened == [0, 1, 2, 1]
+
+
 def test_threads_share_a_reader(tmp_path, monkeypatch):
     """Eight threads in random order over two open handles: every row is the right one."""
     monkeypatch.setattr("sparsekd.cache._OPEN_SHARDS", 2)

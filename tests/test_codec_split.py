@@ -18,7 +18,7 @@ from sparsekd.errors import FormatError, MismatchError
 from sparsekd.folder import coded_bytes
 from sparsekd.id_ranks import id_ranks, ids_of_ranks
 from sparsekd.inspect import cache_stats
-from sparsekd.shard import ShardReader
+from sparsekd.shard import ShardReader, write_shard
 
 V, N = 5000, 50
 
@@ -397,6 +397,21 @@ def test_every_flipped_bit_of_the_id_rank_is_noticed(tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(FormatError):
             ShardReader(path)
+
+
+@pytest.mark.parametrize(("codec", "has"), [("split", "no"), ("raw24", "an")])
+def test_a_table_goes_with_the_codec(tmp_path, codec, has):
+    """A shard of split without its id_rank would read ranks as ids; one of raw24 has no use for it."""
+    write(tmp_path, [0, 1], codec)
+    path = tmp_path / "shard-00000.safetensors"
+    with ShardReader(path) as reader:
+        rows, header = [reader.read_row(row) for row in range(len(reader))], reader.header
+    table = id_ranks([record(row).targets for row in range(4)], V).table
+    write_shard(path, header, rows, None if codec == "split" else table)
+    words = f"shard-00000.safetensors: has {has} id_rank, which codec {codec} does not allow"
+    with CacheReader(tmp_path) as reader, pytest.raises(FormatError, match=words):
+        reader[0]
+    assert words in verify(tmp_path).problems[0]
 
 
 @pytest.mark.parametrize("codec", ["split", "raw24"])
