@@ -65,6 +65,15 @@ def philox_plain(counter: tuple[int, int, int, int], seed: int) -> tuple[int, ..
     return tuple(c)
 
 
+def splitmix_plain(x: int) -> int:
+    """The finaliser of splitmix64, of x modulo 2^64, in plain Python integers."""
+    word = 2**64 - 1
+    x = (x + 0x9E3779B97F4A7C15) & word
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & word
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & word
+    return x ^ (x >> 31)
+
+
 def systematic_plain(p: list[float], u: float, rounds: int) -> list[int]:
     """How many of the points (u + j) / rounds fall into each id's interval of the cumulative distribution: a loop."""
     counts, end = [], 0.0

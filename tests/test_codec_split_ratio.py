@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from oracles import splitmix_plain
 
 from sparsekd.codec import FlatTargets, Importance, codec_spec, decode, decode_row, encode, encode_row
 from sparsekd.codec_ints import encode_ints
 from sparsekd.codec_split import encode_split
+from sparsekd.codec_split_ratio import _coins
 from sparsekd.errors import FormatError, MismatchError
 from sparsekd.id_ranks import id_ranks
 
@@ -82,6 +84,20 @@ def test_unbiased_rounding_is_unbiased_for_every_weight(t):
         assert error > 0
         assert abs(means["split_ratio_unbiased"]) < 4 * error
         assert abs(means["split_ratio"]) > 4 * error
+
+
+def test_coins_are_words_of_splitmix64_for_good():
+    """Of a position's number, its probabilities' bits and its counts, by a plain twin: another version makes the same
+    bytes."""
+    flat, _ = drawn(0.8, 20)
+    entries, positions = _coins(flat, flat.importance.log2_p)
+    bits = flat.importance.log2_p.astype(np.float32).view(np.uint32)
+    own = [splitmix_plain(int(p) << 32 | int(c)) for p, c in zip(bits, flat.values, strict=True)]
+    for n in range(20):
+        here = np.flatnonzero(flat.positions == n)
+        whole = splitmix_plain(sum(own[at] for at in here) % 2**64 + n)
+        assert [entries[at] for at in here] == [(splitmix_plain(own[at] ^ whole) >> 11) / 2**53 for at in here]
+        assert positions[n] == (splitmix_plain(whole) >> 11) / 2**53
 
 
 def test_coins_are_tossed_anew_for_other_draws():

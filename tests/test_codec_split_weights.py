@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from oracles import splitmix_plain
 
 from sparsekd.codec import FlatTargets, codec_spec, decode, decode_row, encode, encode_row
 from sparsekd.codec_ints import encode_ints
+from sparsekd.codec_split_weights import _uniform
 from sparsekd.errors import FormatError, MismatchError
 
 V = 3000
@@ -63,6 +65,15 @@ def test_unbiased_rounding_is_unbiased_for_every_weight(name):
             continue
         nearest = decode(encode(flat, spec_of("split_prob")), positions, spec_of("split_prob")).weights
         assert abs(nearest.mean(dtype=np.float64) - weight) > 4 * error, "the nearest is biased, so the test can fail"
+
+
+def test_the_neighbour_hangs_on_splitmix64_for_good():
+    """Of position, id and the bits of the weight, by a plain twin: another version makes the same bytes."""
+    flat = top_k(np.random.default_rng(4), 20)
+    for found, position, token, weight in zip(_uniform(flat), flat.positions, flat.ids, flat.values, strict=True):
+        bits = int(np.float32(weight).view(np.uint32))
+        state = splitmix_plain(splitmix_plain(int(position)) + int(token))
+        assert found == (splitmix_plain(state + bits) >> 11) / 2**53
 
 
 def test_equal_targets_have_equal_bytes_in_any_order():
