@@ -28,6 +28,7 @@ from .sources import (
     missing,
     resolve,
     sampled_sha256,
+    unreadable,
 )
 
 TEXT_BY = ("document", "paragraph", "line")
@@ -203,7 +204,7 @@ def _whole(path: str) -> Document:
         with _open(path) as file:
             content = file.read()
     except (OSError, EOFError) as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     return Document(pieces=((_decode(content, path, 0).removeprefix("\ufeff"), True),), origin=path)
 
 
@@ -223,10 +224,6 @@ def _physical_memory() -> int | None:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         return None
-
-
-def _unreadable(path: str, error: Exception) -> SourceError:
-    return SourceError(f"{path} cannot be read: {error}; repair it or leave it out of source")
 
 
 def _decode(content: bytes, path: str, offset: int) -> str:
@@ -250,7 +247,7 @@ def _lines(path: str) -> Iterator[tuple[int, str]]:
                 offset += len(raw)
                 yield number, (text.removeprefix("\ufeff") if number == 1 else text).rstrip("\r\n")
     except (OSError, EOFError) as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
 def _read_lines(path: str) -> Iterator[Document]:
@@ -301,7 +298,7 @@ def _read_parquet(path: str, how: Reading) -> Iterator[Document]:
                     yield document_of(record, how, f"{path}: record {number}")
                     number += 1
     except (OSError, ValueError) as error:  # pyarrow's own errors derive from these two
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
 def _columns(names: list[str], how: Reading, where: str) -> list[str]:
@@ -330,7 +327,7 @@ def _read_saved(path: str, how: Reading) -> Iterator[Document]:
     try:
         data = datasets.load_from_disk(path)
     except Exception as error:  # whatever `datasets` and pyarrow raise for a damaged folder
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     if isinstance(data, dict) and how.split not in data:
         raise SourceError(f"{path} has no split {how.split!r}; it has {', '.join(data)}: set split=")
     return _records(data[how.split] if isinstance(data, dict) else data, how, path)

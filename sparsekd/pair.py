@@ -40,7 +40,7 @@ class Pair:
     """Two tokenizers, and what a map between them needs.
 
     Attributes:
-        backend, teachers: the student's and the teacher's, as `plain_backend` gives them.
+        backend, teachers: the student's and the teacher's as `tokenizers.Tokenizer`s that encode text as it stands.
         control: [V] int64, the student's id for a control token of the teacher's (by role, else by its string), or -1.
         same: [V] int64 ids where the two differ in numbering only, else None.
         lengths: [student's V] int64 bytes.
@@ -109,11 +109,12 @@ def _short(vocabulary: VocabBytes) -> dict[bytes, int]:
 
 def crossed_bytes(of_id: Sequence[bytes | None]) -> np.ndarray:
     """[256, 256] bool: [a, b] where some token has the bytes a b side by side; everywhere else every text is cut."""
+    pieces = [piece for piece in of_id if piece]
+    data = np.frombuffer(b"".join(pieces), np.uint8)
+    inside = np.ones(len(data), bool)
+    inside[token_starts(np.array([len(piece) for piece in pieces], np.int64))[1:] - 1] = False
     crossed = np.zeros((256, 256), bool)
-    for piece in of_id:
-        if piece and len(piece) > 1:
-            both = np.frombuffer(piece, np.uint8)
-            crossed[both[:-1], both[1:]] = True
+    crossed[data[:-1][inside[:-1]], data[1:][inside[:-1]]] = True
     return crossed
 
 

@@ -6,7 +6,7 @@ import glob
 import hashlib
 import os
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,17 +102,30 @@ _STRETCHES, _STRETCH = 16, 2**16
 
 def sampled_sha256(files: Iterable[str]) -> str:
     """sha256 over files' names, sizes and contents, of a large one 1 MB in evenly spread stretches: an edit that keeps
-    every size is noticed in seconds, but for one inside a large file."""
+    every size is noticed in seconds, but for one inside a large file. Pipes, which have no size, stay unread."""
     digest = hashlib.sha256()
     for path in files:
+        size = os.stat(path).st_size
+        digest.update(f"{Path(path).name}\0{size}\0".encode(errors="surrogateescape"))
+        for part in _stretches(path, size) if size else ():
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _stretches(path: str, size: int) -> Iterator[bytes]:
+    step = max(_STRETCH, -(-(size - _STRETCH) // (_STRETCHES - 1)))
+    try:
         with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            digest.update(f"{Path(path).name}\0{size}\0".encode(errors="surrogateescape"))
-            step = max(_STRETCH, -(-(size - _STRETCH) // (_STRETCHES - 1)))
             for first in range(0, size, step):
                 file.seek(first)
-                digest.update(file.read(_STRETCH))
-    return digest.hexdigest()
+                yield file.read(_STRETCH)
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: str, error: Exception) -> SourceError:
+    """What is raised of a file that is there and cannot be read."""
+    return SourceError(f"{path} cannot be read: {error}; repair it or leave it out of source")
 
 
 # -- the builtin corpus

@@ -150,7 +150,7 @@ def backend_of(description: dict[str, Any]) -> Any:
     return Tokenizer.from_str(json.dumps(description))
 
 
-def segmentation(description: dict[str, Any]) -> str:
+def segmentation(description: dict[str, Any]) -> list[Any]:
     """All that decides where a text is cut: equal for two tokenizers that differ in the numbers of their ids only."""
     model = dict(description["model"])
     vocabulary = model.pop("vocab")
@@ -158,7 +158,7 @@ def segmentation(description: dict[str, Any]) -> str:
     model.pop("unk_id", None)
     added = sorted((token["content"], token["special"]) for token in description["added_tokens"])
     rest = [description["normalizer"], description["pre_tokenizer"]]
-    return json.dumps([model, pieces, added, rest], sort_keys=True)
+    return [model, added, rest, pieces]
 
 
 def words_of(description: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -180,6 +181,13 @@ def test_files_are_described_by_number_and_bytes(tmp_path: Path) -> None:
     assert describe(tmp_path / "a.txt") != before
     (tmp_path / "a.txt").write_text("fo_r")
     assert describe(tmp_path / "a.txt") != before
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_described_unread(tmp_path: Path) -> None:
+    """Opening it would take what is in it, or wait for whoever writes."""
+    os.mkfifo(tmp_path / "a.txt")
+    assert describe(tmp_path / "a.txt")["bytes"] == 0
 
 
 def test_of_a_large_file_stretches_are_compared(tmp_path: Path) -> None:
