@@ -40,8 +40,8 @@ class CacheDataset(torch.utils.data.Dataset):
 
     Item i of an epoch is row `permute(i, len, seed, epoch)`: the order hangs on (seed, epoch) alone, so the state of a
     run is one integer. Use it with a sequential sampler; `set_epoch` is called by Trainer and accelerate, in a loop of
-    your own by you (worker processes that stay hear of it too). Item i of another epoch is another row: to split a cache
-    (`random_split`, `Subset`) give `shuffle=False`, and let the data loader shuffle.
+    your own by you (worker processes that stay hear of it too). Item i of another epoch is another row: to split a
+    cache (`random_split`, `Subset`) give `shuffle=False`, and let the data loader shuffle.
 
     `rows` may be a cache's path. `limit` keeps the first rows only. `multiple_of` (the rows of one optimizer step) ends
     each epoch with a whole step: the rows left over are others in every epoch, and an epoch has as many steps for any

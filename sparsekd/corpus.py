@@ -214,7 +214,7 @@ def _check_memory(path: str) -> None:
     if memory and size * _BYTES_A_BYTE > memory:
         raise SourceError(
             f"{path} is one document of {size / 1e9:.2g} GB: a tokenizer takes {_BYTES_A_BYTE} times that and more, "
-            f"this machine has {memory / 1e9:.2g} GB of memory; cut it into documents by text_by=paragraph or text_by=line"
+            f"and there are {memory / 1e9:.2g} GB of memory; cut it into documents by text_by=paragraph or line"
         )
 
 

@@ -249,9 +249,7 @@ def test_one_document_larger_than_the_memory_is_refused_with_the_way_out(
     """A dump in one text file, before a byte of it is read; cut up it is read, and so is a file that fits."""
     (tmp_path / "dump.txt").write_text("a line of the dump\n\n" * 50)
     monkeypatch.setattr(corpus, "_physical_memory", lambda: 79_000)
-    with pytest.raises(
-        SourceError, match=r"dump\.txt is one document of 1e-06 GB: .* by text_by=paragraph or text_by=line"
-    ):
+    with pytest.raises(SourceError, match=r"dump\.txt is one document of 1e-06 GB: .* by text_by=paragraph or line"):
         texts_of(tmp_path / "dump.txt")
     assert len(texts_of(tmp_path / "dump.txt", text_by="paragraph")) == 50
     monkeypatch.setattr(corpus, "_physical_memory", lambda: 80_000)
