@@ -400,7 +400,9 @@ def _string(record: dict[str, Any], name: str, where: str) -> str:
     if value is None:  # a null in a column of strings: an empty document, which packing skips and counts
         return ""
     if not isinstance(value, str):
-        raise SourceError(f"{where}: field {name!r} is {type(value).__name__}, not text; choose another field=")
+        chat = isinstance(value, list) and isinstance(next(iter(value), None), dict)
+        way_out = "join the messages of both sides in one list, field=messages" if chat else "choose another field="
+        raise SourceError(f"{where}: field {name!r} is {type(value).__name__}, not text; {way_out}")
     return _encodable(value, name, where)
 
 

@@ -227,7 +227,11 @@ def test_a_glob_without_matches_is_named(tmp_path: Path) -> None:
         (b'{"text": "a"}\n[1, 2]\n', r"a\.jsonl:2 is a JSON list, not a record"),
         (b"[" * 100_000, r"a\.jsonl:1 is not JSON"),
         (b'{"body": "a", "title": "b"}\n', r"a\.jsonl:1 has no field 'text'; it has 'body', 'title': set field="),
-        (b'{"text": 3}\n', r"a\.jsonl:1: field 'text' is int, not text"),
+        (b'{"text": 3}\n', r"a\.jsonl:1: field 'text' is int, not text; choose another field="),
+        (
+            b'{"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}',
+            r"a\.jsonl:1: field 'prompt' is list, not text; join the messages of both sides in one list, field=messages",
+        ),
         (b'{"text": "a\\ud800"}\n', r"a\.jsonl:1: field 'text' holds half a surrogate pair, U\+D800 at character 1"),
         (b'{"text": "a"}\n{"text": "\xe9"}\n', r"a\.jsonl is not UTF-8: byte 0xe9 at offset 24; convert it"),
         (b'{"text": "a", "prompt": "b", "output": "c"}\n', r"read in 2 ways: text, prompt and output; say which"),
