@@ -135,6 +135,23 @@ def test_add_draws_by_hand():
     np.testing.assert_allclose(both.weights, [2**0.5 / 5, 4 / 5 * 5 / 16], rtol=1e-6)
 
 
+def test_a_sum_of_draws_has_no_probability_above_one():
+    """Entropies that were rounded apart, 0.2 and 0 bits of a sure token: its p would be 2^0.1, which codecs refuse."""
+    parts = [
+        FlatTargets(
+            ids=np.uint32([5]),
+            values=np.uint32([3]),
+            sizes=np.array([1]),
+            rounds=3,
+            importance=Importance(log2_p=np.float32([0]), entropy=np.float32([bits]), temperature=0.5),
+        )
+        for bits in (0.2, 0)
+    ]
+    alone = replace(parts[1], ids=np.uint32([6]))
+    assert add_draws([parts[0], alone]).importance.log2_p[0] == 0
+    assert add_draws([alone, alone]).importance.log2_p.tolist() == [0]
+
+
 def test_order_and_grouping_change_no_byte_of_a_row(parts, tmp_path):
     """A + B is B + A byte for byte; (A + B) + C holds the rows of A + B + C."""
     merge(caches=[parts["a"], parts["b"]], out=tmp_path / "ab")

@@ -192,6 +192,21 @@ def test_the_next_batch_is_read_while_the_step_runs():
         assert found == batches[:foreground]
 
 
+def test_nothing_beyond_the_last_row_is_read():
+    """The last batch is shorter, behind it there is none; an empty one is empty."""
+    asked, ahead = [], ReadAhead()
+
+    def read(indices):
+        asked.append(list(indices))
+        return list(indices)
+
+    for batch in ([], [0, 1, 2], [3, 4, 5], [6, 7], [0, 1, 2], []):
+        assert ahead(read, batch, size=8, epoch=0) == batch
+    del ahead  # its thread ends, with what it was asked for
+    assert max(max(each, default=0) for each in asked) == 7
+    assert [6, 7] in asked
+
+
 def test_the_thread_ends_with_what_it_read_for():
     """A dataset that is let go lets its thread go; the thread holds nothing while it waits."""
     before = set(threading.enumerate())
