@@ -61,6 +61,16 @@ def test_the_law_meets_its_share_and_stays_above_a_quarter_of_it(by, share):
     assert bool(((rising >= 0) if by == "entropy" else (rising <= 0)).all())
 
 
+def test_a_share_below_all_levels_is_refused():
+    """The least π is a quarter of the share: of 2^-29 level 248, and a byte is stored."""
+    entropy = torch.ones(10)
+    assert int(calibrate(entropy, "entropy", 2**-29).levels(entropy).max()) <= 255
+    with pytest.raises(
+        RecipeError, match=r"positions=9.3\d*e-10 is too small a share for positions_by=entropy: at least"
+    ):
+        calibrate(entropy, "entropy", 2**-30)
+
+
 def test_by_hand():
     """scale 0.25, entropies 2, 4, 9, 0: π = 1/2, 1, 1, share/4 = 1/8, levels 8, 0, 0, 24."""
     law = PositionLaw(by="entropy", share=0.5, scale=0.25)
