@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -44,7 +44,11 @@ SHARD_TOKENS = 2**22
 SKETCHES: dict[str, Callable[..., TeacherSketch]] = {"sorted_curve": teacher_sketch}
 
 
+# Columns of draws that stay on the device with their padding: batches of them wait there, 8 bytes an entry.
+WIDE = 512
+
 Part = SparseTargets | ImportanceDraws | TeacherSketch
+Drawings = TypeVar("Drawings", bound=SparseTargets | ImportanceDraws)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,14 +144,14 @@ def _draw_for(codec: dict[str, Any], order_V: Tensor | None, shard: VocabularySh
     every position of a batch wait on the device for the codec."""
 
     def targets(logits_CV: Tensor, tokens_C: Tensor, name: str, **settings: Any) -> SparseTargets:
-        found = draw(logits_CV, name, shard=shard, **settings)
+        found = _unless_wide(draw(logits_CV, name, shard=shard, **settings))
         found = found if order_V is None else in_vocabulary(found, order_V)
-        return SparseTargets(ids=found.ids.to(torch.int32), weights=found.weights)
+        return SparseTargets(ids=found.ids.to(torch.int32), weights=found.weights.contiguous())
 
     def unweighed(
         logits_CV: Tensor, tokens_C: Tensor, name: str, *, normalize: bool, **settings: Any
     ) -> ImportanceDraws:
-        found = draw_importance(logits_CV, name, shard=shard, **settings)
+        found = _unless_wide(draw_importance(logits_CV, name, shard=shard, **settings))
         found = found if order_V is None else in_vocabulary(found, order_V)
         ids, counts = found.ids.to(torch.int32), found.counts.to(torch.int32)
         return replace(found, ids=ids, counts=counts, log2_p=found.log2_p.float())
@@ -158,6 +162,11 @@ def _draw_for(codec: dict[str, Any], order_V: Tensor | None, shard: VocabularySh
 
     others: dict[str, Callable[..., Part]] = {IMPORTANCE: unweighed, CURVES: sketch}
     return others.get(CODECS[codec["name"]].holds, targets)
+
+
+def _unless_wide(drawn: Drawings) -> Drawings:
+    """Draws of many rounds without the padding that most of them are, for which an accelerator is waited for."""
+    return drawn if drawn.ids.shape[1] <= WIDE else settled(drawn)
 
 
 def read_head(model: Any) -> heads.Head:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -403,6 +404,17 @@ def test_a_corpus_growing_changes_the_fingerprint(world, tmp_path):
     with skd.CacheReader(world.cache) as reader:
         assert reader.spec.data["fingerprint"] == RowsReader(world.rows).fingerprint
         assert reader.spec.data["fingerprint"] != manifest["splits"]["train"]["fingerprint"]
+
+
+def test_draws_of_many_rounds_wait_without_their_padding(world):
+    """1,000 rounds of 300 ids: what is kept of a batch is as wide as its draws, not as its rounds."""
+    with skd.CacheReader(world.cache) as reader:
+        source = drawing.open_teacher(models.open_model(world.teacher, device="cpu"), reader.spec)
+        source = replace(source, spec=replace(reader.spec, sampler=reader.spec.sampler | {"rounds": 1000}))
+        row = reader[0]
+    (part,) = source.draw(row.input_ids[None], row.supervised[None], 0).parts
+    assert part.ids.shape[1] <= 300
+    assert part.weights.untyped_storage().nbytes() == part.weights.nbytes
 
 
 def test_a_gpu_that_gives_other_bits_a_second_time_is_told_of(world):
