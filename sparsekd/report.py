@@ -105,7 +105,7 @@ def _as_trained(name: str, folder: Path) -> dict[str, Any]:
         return {"name": name, "role": trained}
     cache = _dict(recipe.get("beside")).get("cache")
     part = "other" if trained and named in _BASELINES else named
-    return {"name": name, "role": part, "cache": cache and os.path.abspath(folder / cache)}
+    return {"name": name, "role": part, "cache": os.path.abspath(folder / cache) if isinstance(cache, str) else None}
 
 
 def _method(root: Path, spec: Mapping[str, Any], run: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:

@@ -396,6 +396,8 @@ def test_students_of_ones_own_need_no_names_of_ours(tmp_path: Path, home: str) -
     assert [s["seed"] for m in summary["methods"] for s in m["students"]] == [7, 7, 7]
     assert (found["full"]["gap_closed"]["mean"], found["full"]["bytes_per_token"]) == (0.75, 12)
     assert found["plain"]["bytes_per_token"] is None  # it read its rows there, no targets
+    write(tmp_path / "mine" / home / "full" / "recipe.json", {"method": 3, "seed": "x", "beside": {"cache": 7}})
+    assert by_name(aggregate(tmp_path / "mine"))["full"]["bytes_per_token"] is None
     assert not [note for note in summary["notes"] if "plain" in note or "full" in note or "online" in note]
     assert render_html(summary).endswith("</html>\n")
 
