@@ -63,7 +63,7 @@ def encode_quickly(
     if telling < 0:
         return None
     sort_groups(keys, flat.sizes, 2**group_bits)
-    head = positions + 2 * entries
+    head = positions + 2 * entries  # from here on nobody reads the levels, whose memory `values` takes
     total = head + (positions if length else 0) + telling
     classes, values = scratch("classes")(total, np.uint8), scratch("values")(total, np.uint32)
     raw = scratch("lows")(total + 1, np.uint8), scratch("seconds")(total + 1, np.uint8)

@@ -27,11 +27,12 @@ def spec_of(name, width=300):
 
 
 def weighted(rng, positions, width, deepest=20.0):
-    """Weights over many octaves, 1 among them, and positions without an entry."""
+    """Weights over many octaves, 1 and a little more among them, and positions without an entry."""
     sizes = rng.integers(0, min(9, width + 1), positions)
     ids = [rng.permutation(min(width, 40))[:size] + width - min(width, 40) for size in sizes]
     weights = np.exp2(-rng.uniform(0, deepest, int(sizes.sum()))).astype(np.float32)
     weights[rng.random(len(weights)) < 0.1] = 1
+    weights[rng.random(len(weights)) < 0.05] = 1.0005
     return FlatTargets(
         ids=np.concatenate([np.zeros(0), *ids]).astype(np.uint32), values=weights, sizes=sizes.astype(np.int64)
     )
