@@ -82,7 +82,7 @@ def ids_in(logits_NV: Tensor, masses: Tensor, points_NR: Tensor, temperature: fl
 
 def running_sums(values_NK: Tensor) -> Tensor:
     """`values.cumsum(-1)` in float64. A single row is added up as one of several: CUDA's sums of one row alone are cut
-    into parts that join in the order in which they finish."""
+    into parts that join in the order in which they finish (pytorch issue 75240)."""
     if len(values_NK) != 1:
         return values_NK.cumsum(-1, dtype=torch.float64)
     return values_NK.expand(2, -1).cumsum(-1, dtype=torch.float64)[:1]
