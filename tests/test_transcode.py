@@ -174,6 +174,36 @@ def test_the_fast_path_is_its_slow_twin(both_ways, unresolved):
     assert "rich" in names or ("short" in found) == (names != ("small", "byte_level"))
 
 
+def test_where_nothing_is_told_nothing_is_learnt(both_ways):
+    """Without the text's own token, a position whose draws all fail has no targets, and no id of -1."""
+    names, found = both_ways
+    untold = 0
+    for _, draws, places, answers in found:
+        whole = rewrite(
+            draws, replace(places, labels=np.full(len(places.labels), -1)), answers, chain=2, unresolved="set"
+        )
+        silent = np.flatnonzero((places.source >= 0) & (whole.masses["accepted"] == 0))
+        assert not np.isin(whole.position, silent).any()
+        assert whole.token.min(initial=0) >= 0
+        untold += len(silent)
+    assert untold, names
+
+
+@pytest.mark.parametrize("unresolved", ["point", "drop"])
+def test_what_follows_a_draw_counts_by_its_shares_alone(both_ways, unresolved):
+    """Whatever a position's draws sum to (top-k's, plain importance weights), its own targets sum to that, and are the
+    same shares of it: of the draws that come after, only the shares are read."""
+    rng, (_, found) = np.random.default_rng(0), both_ways
+    for _, draws, places, answers in found:
+        factors = rng.uniform(0.2, 3, len(draws.sizes))
+        other = replace(draws, weights=draws.weights * np.repeat(factors, draws.sizes))
+        whole, scaled = (rewrite(each, places, answers, chain=2, unresolved=unresolved) for each in (draws, other))
+        np.testing.assert_array_equal(scaled.token, whole.token)
+        np.testing.assert_array_equal(scaled.position, whole.position)
+        wanted = whole.weight * factors[places.source[whole.position]]
+        np.testing.assert_allclose(scaled.weight, wanted, rtol=1e-10)
+
+
 @pytest.mark.parametrize("chain", [0, 2])
 def test_the_kernel_is_its_slow_twin(both_ways, chain, monkeypatch):
     """What open draws became, the kernel of these counts, and the targets, where it is not sampled."""
