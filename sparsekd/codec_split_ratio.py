@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from .codec_counts import _checked
 from .codec_ints import decode_ints, encode_ints
 from .codec_split_fast import decode_counts, decode_counts_row, encode_counts, encode_counts_row
-from .codec_split_weights import _mix
 from .errors import FormatError
 from .flat import FlatTargets, Importance
+from .order import splitmix
 from .words import refuse
 
 Array = NDArray[Any]
@@ -56,11 +56,13 @@ def _coins(flat: FlatTargets, log2_p: Array) -> tuple[Array, Array]:
 
     Ids are left out: a cache's are ranks, and the same draws checked against their teacher's are not.
     """
-    own = _mix(log2_p.astype(np.float32).view(np.uint32).astype(np.uint64) << np.uint64(32) | flat.values)
+    own = splitmix(
+        log2_p.astype(np.float32).view(np.uint32).astype(np.uint64) << np.uint64(32) | flat.values.astype(np.uint64)
+    )
     whole = np.add.reduceat(own, np.cumsum(flat.sizes) - flat.sizes) if len(own) else own
-    whole = _mix(whole + np.arange(len(flat.sizes), dtype=np.uint64))
-    entries = _mix(own ^ np.repeat(whole, flat.sizes))
-    return (entries >> np.uint64(11)) * 2.0**-53, (_mix(whole) >> np.uint64(11)) * 2.0**-53
+    whole = splitmix(whole + np.arange(len(flat.sizes), dtype=np.uint64))
+    entries = splitmix(own ^ np.repeat(whole, flat.sizes))
+    return (entries >> np.uint64(11)) * 2.0**-53, (splitmix(whole) >> np.uint64(11)) * 2.0**-53
 
 
 # --- bytes ----------------------------------------------------------------------------------------------

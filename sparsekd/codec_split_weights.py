@@ -30,6 +30,7 @@ from .codec_split import (
 from .codec_weights import positive
 from .errors import FormatError, MismatchError
 from .flat import FlatTargets
+from .order import splitmix
 from .words import refuse
 
 Array = NDArray[Any]
@@ -70,17 +71,9 @@ def _exact(flat: FlatTargets) -> Array:
 def _uniform(flat: FlatTargets) -> Array:
     """[M] float64 in [0, 1): splitmix64 of position, id and the bits of the weight."""
     bits = flat.values.astype(np.float32).view(np.uint32).astype(np.uint64)
-    state = _mix(flat.positions.astype(np.uint64))
-    state = _mix(state + flat.ids.astype(np.uint64))
-    return (_mix(state + bits) >> np.uint64(11)) * 2.0**-53
-
-
-def _mix(x: Array) -> Array:
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: Array = x ^ (x >> np.uint64(31))
-    return mixed
+    state = splitmix(flat.positions.astype(np.uint64))
+    state = splitmix(state + flat.ids.astype(np.uint64))
+    return (splitmix(state + bits) >> np.uint64(11)) * 2.0**-53
 
 
 # --- bytes ----------------------------------------------------------------------------------------------

@@ -172,7 +172,8 @@ def _transcoded(cache: str, tokenizer: str, out: Path, **settings: Any) -> tuple
 
     record = out.with_suffix(".json")
     if not record.exists():
-        survey = transcode(cache=cache, tokenizer=tokenizer, out=out, **settings)["survey"]
+        # Weights as they are: what the page compares is the targets, not what a codec rounds.
+        survey = transcode(cache=cache, tokenizer=tokenizer, out=out, codec="prob40", **settings)["survey"]
         write_json(record, survey | {"vocab_size": vocab.vocab_size(vocab.load_tokenizer(tokenizer))})
     return str(out), json.loads(record.read_text())
 

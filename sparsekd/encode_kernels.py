@@ -197,7 +197,7 @@ def streams(keys, sizes, wanted, spelled, filled, multiple, rounds, id_bits, row
 
 @register_jitable
 def _mix(x):
-    """`codec_split_weights._mix` of one number."""
+    """`order.splitmix` of one number."""
     x = np.uint64(x) + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

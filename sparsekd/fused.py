@@ -71,6 +71,8 @@ def fused_linear_sparse_kl(
     Raises:
         ValueError: shapes or options that do not fit together.
     """
+    if not isinstance(head_VH, Tensor):
+        raise ValueError(f"head_VH is a {type(head_VH).__name__}, not a tensor [V, H]; of a layer give its weight")
     if accumulate_into is not None and hasattr(head_VH, "device_mesh"):
         raise ValueError("accumulate_into takes a plain head, this one is a DTensor (FSDP): leave accumulate_into out")
     head_VH, bias = gathered(head_VH), gathered(bias)
@@ -83,6 +85,9 @@ def fused_linear_sparse_kl(
     targets = SparseTargets.of(targets).to(hidden.device)
     if targets.ids.shape[:-1] != positions:
         raise ValueError(f"hidden {tuple(hidden.shape)} and targets {tuple(targets.ids.shape)} differ in positions")
+    if head_VH.dim() != 2 or head_VH.shape[1] != hidden.shape[-1]:
+        turned = "; give head.T" if head_VH.dim() == 2 and head_VH.shape[0] == hidden.shape[-1] else ""
+        raise ValueError(f"hidden {tuple(hidden.shape)} and head {tuple(head_VH.shape)} differ in H{turned}")
     if accumulate_into is not None and accumulate_into.shape != head_VH.shape:
         raise ValueError(f"accumulate_into {tuple(accumulate_into.shape)} and head {tuple(head_VH.shape)} differ")
     # Where labels are, not where hidden states are: rows can be left out without waiting for a device.

@@ -71,32 +71,33 @@ def _row_losses_(
     count, width = logits_CV.shape
     reads, losses = rows.ids.shape[1], torch.empty_like(rows.mass)
     placeholder = losses
-    _row_kernel[(count,)](
-        logits_CV,
-        logits_CV.stride(0),
-        placeholder if bias is None else bias,
-        rows.ids,
-        rows.sparse,
-        rows.mass,
-        rows.constant,
-        placeholder if rows.uniform is None else rows.uniform,
-        placeholder if scale is None else scale,
-        losses,
-        width,
-        reads,
-        1 / options.temperature,
-        options.ce_weight,
-        options.z_loss,
-        form.scale,
-        form.softcap or 1.0,
-        BIAS=bias is not None,
-        SOFTCAP=form.softcap is not None,
-        UNIFORM=rows.uniform is not None,
-        GRADIENT=scale is not None,
-        TWO=options.two_softmaxes,
-        READS=max(2, triton.next_power_of_2(max(reads, 1))),
-        **launch(width),
-    )
+    with torch.cuda.device_of(logits_CV):  # where kernels go, whatever the process's current GPU is
+        _row_kernel[(count,)](
+            logits_CV,
+            logits_CV.stride(0),
+            placeholder if bias is None else bias,
+            rows.ids,
+            rows.sparse,
+            rows.mass,
+            rows.constant,
+            placeholder if rows.uniform is None else rows.uniform,
+            placeholder if scale is None else scale,
+            losses,
+            width,
+            reads,
+            1 / options.temperature,
+            options.ce_weight,
+            options.z_loss,
+            form.scale,
+            form.softcap or 1.0,
+            BIAS=bias is not None,
+            SOFTCAP=form.softcap is not None,
+            UNIFORM=rows.uniform is not None,
+            GRADIENT=scale is not None,
+            TWO=options.two_softmaxes,
+            READS=max(2, triton.next_power_of_2(max(reads, 1))),
+            **launch(width),
+        )
     return losses
 
 

@@ -87,17 +87,17 @@ def _feistel(values: _Words, half: int, keys: _Words) -> _Words:
     shift, mask = np.uint64(half), np.uint64(2**half - 1)
     left, right = values >> shift, values & mask
     for key in keys:
-        left, right = right, left ^ (_mix(right ^ key) & mask)
+        left, right = right, left ^ (splitmix(right ^ key) & mask)
     return (left << shift) | right
 
 
 def _round_keys(seed: int, epoch: int) -> _Words:
-    start = int(_mix(np.array([seed], np.uint64))[0])
-    mixed = int(_mix(np.array([start ^ epoch], np.uint64))[0])
-    return _mix(np.array([(mixed + i * 0x9E3779B97F4A7C15) % _WORD for i in range(_ROUNDS)], np.uint64))
+    start = int(splitmix(np.array([seed], np.uint64))[0])
+    mixed = int(splitmix(np.array([start ^ epoch], np.uint64))[0])
+    return splitmix(np.array([(mixed + i * 0x9E3779B97F4A7C15) % _WORD for i in range(_ROUNDS)], np.uint64))
 
 
-def _mix(words: _Words) -> _Words:
+def splitmix(words: _Words) -> _Words:
     """The finaliser of splitmix64: every output bit depends on every input bit. Wraps modulo 2^64."""
     words = words + np.uint64(0x9E3779B97F4A7C15)
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -126,6 +126,9 @@ def take_apart(targets: SparseTargets, sets: PrefixSets) -> tuple[SparseTargets,
     given = index >= len(sets)
     tokens = SparseTargets(ids=targets.ids.masked_fill(is_set, 0), weights=targets.weights.masked_fill(is_set, 0))
     index, signed = index - len(sets) * given, weights.where(~given, -weights)
+    if len(index) and (beyond := int(index.max())) >= len(sets):
+        last = sets.vocab_size + 2 * len(sets) - 1
+        raise ValueError(f"targets name id {last + 1 + beyond - len(sets)}, tokens and sets end at {last}; other sets?")
     return tokens, _entries(sets, row, index, signed, len(targets))
 
 

@@ -186,7 +186,7 @@ def _caches(home: Path, teacher: str, words: str) -> dict[str, str]:
     made = {CURVES: ("taught", "sorted_curve"), DRAWS: ("taught", "systematic"), BEFORE: (BEFORE, "sorted_curve")}
     for name, (rows, sampler) in made.items():
         capture(rows=home / f"{rows}-rows", teacher=teacher, out=home / name, sampler=sampler)
-    transcode(cache=str(home / DRAWS), tokenizer=words, out=home / "transcoded")
+    transcode(cache=str(home / DRAWS), tokenizer=words, out=home / "transcoded", codec="prob40")
     return {name: str(home / name) for name in made} | {DRAWS: str(home / "transcoded")}
 
 

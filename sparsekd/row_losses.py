@@ -163,6 +163,7 @@ def prepare(
         ids = torch.cat([ids, labels[:, None]], -1)
         sparse = torch.cat([sparse, sparse.new_full((len(ids), 1), options.ce_weight)], -1)
         kept = None if kept is None else torch.cat([kept, kept.new_zeros(len(ids), 1)], -1)
+    _check_ids(ids, vocab_size)
     return Rows(
         ids=ids,
         sparse=sparse,
@@ -173,6 +174,18 @@ def prepare(
         kept=kept,
         sets=None if entries is None else replace(entries, signed=kappa * entries.signed),
     )
+
+
+def _check_ids(ids: Tensor, vocab_size: int) -> None:
+    """A kernel would read what lies behind the logits. Without a wait on an accelerator, where no id can be named."""
+    inside = ((ids >= 0) & (ids < vocab_size)).all()
+    words = (
+        f"the logits have {vocab_size} ids; of another vocabulary? (of padding alone: SparseKDCollator(vocab_size=))"
+    )
+    if ids.device.type != "cpu":
+        torch._assert_async(inside, f"targets or labels name ids beyond the logits: {words}")
+    elif not inside:
+        raise ValueError(f"targets or labels name ids from {ids.min()} to {ids.max()}, {words}")
 
 
 def _check_sets(sets: PrefixSets, options: LossOptions, vocab_size: int) -> None:

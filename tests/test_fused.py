@@ -182,8 +182,23 @@ def test_sets_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="vocabulary of 80 tokens, the logits of 70"):
         skd.fused_linear_sparse_kl(hidden, head[:70], targets, sets=sets)
     beyond = SparseTargets(ids=targets.ids.clone().fill_(TOKENS + 2 * SETS), weights=targets.weights)
-    with pytest.raises((IndexError, RuntimeError), match="out of range"):
+    with pytest.raises(ValueError, match="targets name id 160, tokens and sets end at 159"):
         skd.fused_linear_sparse_kl(hidden, head, beyond, sets=sets)
+
+
+def test_what_does_not_fit_is_refused_with_the_way_out():
+    hidden, head, _, targets, labels = example()
+    layer = torch.nn.Linear(H, V)
+    with pytest.raises(ValueError, match=r"head_VH is a Linear, not a tensor .* give its weight"):
+        skd.fused_linear_sparse_kl(hidden, layer, targets)
+    with pytest.raises(ValueError, match=r"hidden \(37, 19\) and head \(19, 83\) differ in H; give head.T"):
+        skd.fused_linear_sparse_kl(hidden, head.T, targets)
+    for name, wrong in (("targets", targets.ids + V), ("labels", labels.clamp(min=0) + V)):
+        ids, given = (wrong, labels) if name == "targets" else (targets.ids, wrong)
+        changed = SparseTargets(ids=ids, weights=targets.weights)
+        for call in (skd.fused_linear_sparse_kl, lambda h, w, *rest, **more: skd.sparse_kl(h @ w.T, *rest, **more)):
+            with pytest.raises(ValueError, match=r"ids from .* the logits have 83 ids; .*SparseKDCollator"):
+                call(hidden, head, changed, labels=given, ce_weight=0.1)
 
 
 def test_scaled_backward_and_reductions():
