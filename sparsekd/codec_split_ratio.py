@@ -56,10 +56,9 @@ def _coins(flat: FlatTargets, log2_p: Array) -> tuple[Array, Array]:
 
     Ids are left out: a cache's are ranks, and the same draws checked against their teacher's are not.
     """
-    own = splitmix(
-        log2_p.astype(np.float32).view(np.uint32).astype(np.uint64) << np.uint64(32) | flat.values.astype(np.uint64)
-    )
-    whole = np.add.reduceat(own, np.cumsum(flat.sizes) - flat.sizes) if len(own) else own
+    bits = log2_p.astype(np.float32).view(np.uint32).astype(np.uint64)
+    own: Array = splitmix(bits << np.uint64(32) | flat.values.astype(np.uint64))
+    whole: Array = np.add.reduceat(own, np.cumsum(flat.sizes) - flat.sizes) if len(own) else own
     whole = splitmix(whole + np.arange(len(flat.sizes), dtype=np.uint64))
     entries = splitmix(own ^ np.repeat(whole, flat.sizes))
     return (entries >> np.uint64(11)) * 2.0**-53, (splitmix(whole) >> np.uint64(11)) * 2.0**-53
