@@ -60,7 +60,8 @@ def _coins(flat: FlatTargets, log2_p: Array) -> tuple[Array, Array]:
     own: Array = splitmix(bits << np.uint64(32) | flat.values.astype(np.uint64))
     whole: Array = np.add.reduceat(own, np.cumsum(flat.sizes) - flat.sizes) if len(own) else own
     whole = splitmix(whole + np.arange(len(flat.sizes), dtype=np.uint64))
-    entries = splitmix(own ^ np.repeat(whole, flat.sizes))
+    each: Array = np.bitwise_xor(own, np.repeat(whole, flat.sizes))
+    entries = splitmix(each)
     return (entries >> np.uint64(11)) * 2.0**-53, (splitmix(whole) >> np.uint64(11)) * 2.0**-53
 
 
