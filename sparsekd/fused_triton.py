@@ -22,7 +22,7 @@ from torch import Tensor
 from sparsekd.prefix_sets import SetEntries, within_sets_
 from sparsekd.row_losses import HeadForm, LossOptions, Rows
 
-# With 16 logits a thread, 1,024 threads are one row's and all that an SM has registers for (`benchmarks/kernels.py`).
+# With 16 logits a thread, 1,024 threads are one row's and all that an SM has registers for (`benchmarks/gpu_code.py`).
 # An H100 has 132 rows of 128k bf16 logits under way then, 34 MB, and the second pass finds them in its cache of 50.
 LARGEST_BLOCK = 16384
 LOGITS_OF_A_WARP = 512

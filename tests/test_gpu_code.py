@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 triton = pytest.importorskip("triton")
-PROGRAM = Path(__file__).parent.parent / "benchmarks" / "kernels.py"
+PROGRAM = Path(__file__).parent.parent / "benchmarks" / "gpu_code.py"
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """What the Triton kernels become on GPUs, compiled for them without one: registers, spills and bytes an instruction.
 
-    python benchmarks/kernels.py [--generations 80 90 100 120]
+    python benchmarks/gpu_code.py [--generations 80 90 100 120]
 
 Each kernel is compiled as it is launched for V = 128,256 and 12 or 50 labels, by the compiler that the package `triton`
 brings along. Spilled registers go through memory, and loads of fewer than 16 bytes a thread waste its bandwidth: both
