@@ -1,4 +1,5 @@
-"""Distil in a loop of your own: `accelerate launch examples/accelerate_loop.py CACHE STUDENT OUT [STEPS]`.
+"""Distil in a loop of your own: `accelerate launch examples/accelerate_loop.py CACHE STUDENT OUT [STEPS]` (processes on
+CPUs by torchrun).
 
 Interrupt it and run it again: the state is one integer, the step, for an epoch's order is computed from (seed, epoch).
 """
@@ -20,7 +21,7 @@ rows_a_step = batch_size * accelerator.num_processes
 
 model = skd.attach_sparse_kd(AutoModelForCausalLM.from_pretrained(student))
 optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4)
-data = skd.CacheDataset(skd.CacheReader(cache), seed=0, multiple_of=rows_a_step)
+data = skd.CacheDataset(cache, seed=0, multiple_of=rows_a_step)
 batches = DataLoader(data, batch_size, sampler=SequentialSampler(data), collate_fn=skd.SparseKDCollator())
 model, optimizer, batches = accelerator.prepare(model, optimizer, batches)
 

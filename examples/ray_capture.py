@@ -18,13 +18,9 @@ def part(rows: str, teacher: str, out: str) -> bool:
 
 if __name__ == "__main__":
     rows, teacher, out, tasks, *gpus = sys.argv[1:]
-    running = [
-        part.options(
-            num_gpus=float(*gpus or "1"),
-            runtime_env={
-                "env_vars": {"RANK": str(rank), "WORLD_SIZE": tasks}
-            },  # whose shards are whose, as torchrun says it
-        ).remote(rows, teacher, out)
-        for rank in range(int(tasks))
-    ]
+    running = []
+    for rank in range(int(tasks)):
+        shares = {"env_vars": {"RANK": str(rank), "WORLD_SIZE": tasks}}  # whose shards are whose, as torchrun says it
+        options = {"num_gpus": float(*gpus or "1"), "runtime_env": shares}
+        running.append(part.options(**options).remote(rows, teacher, out))
     print("complete" if any(ray.get(running)) else "shards are missing: run it again")

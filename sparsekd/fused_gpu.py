@@ -36,9 +36,9 @@ def row_kernel(device: torch.device, rows: Rows, twin: RowLosses) -> RowLosses |
 
 def largest_gap(kernel: Any, twin: Any, device: torch.device) -> float:
     """Between losses, and between gradients as shares of a row's largest: bf16 logits on `device`, float32 on a CPU."""
-    generator = torch.Generator().manual_seed(0)
-    products_CV = (4 * torch.randn(4, 20_011, generator=generator)).to(torch.bfloat16)
-    ids = torch.randint(20_011, (4, 6), generator=generator)
+    generator = torch.Generator("cpu").manual_seed(0)
+    products_CV = (4 * torch.randn(4, 20_011, generator=generator, device="cpu")).to(torch.bfloat16)
+    ids = torch.randint(20_011, (4, 6), generator=generator, device="cpu")
     want_CV, found_CV = products_CV.float(), products_CV.to(device)
     want, found = _losses_(twin, want_CV, ids), _losses_(kernel, found_CV, ids.to(device)).cpu()
     off = (found_CV.cpu().float() - want_CV).abs() / want_CV.abs().amax(-1, keepdim=True)
@@ -47,7 +47,8 @@ def largest_gap(kernel: Any, twin: Any, device: torch.device) -> float:
 
 
 def _losses_(losses_: RowLosses, products_CV: Tensor, ids: Tensor) -> Tensor:
-    options, weights = LossOptions(ce_weight=0.1, z_loss=1e-3), torch.full(ids.shape, 1 / ids.shape[1]).to(ids.device)
+    options = LossOptions(ce_weight=0.1, z_loss=1e-3)
+    weights = torch.full(ids.shape, 1 / ids.shape[1], device=ids.device)
     rows = prepare(SparseTargets(ids=ids, weights=weights), ids[:, 0], options, products_CV.shape[1], torch.float32)
     return losses_(products_CV, rows, weights[:, 0], None, HeadForm(), options)
 
