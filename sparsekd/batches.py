@@ -1,6 +1,6 @@
 """A cache as batches for a stock training loop: rows in a shuffled order that is computed, and their tensors.
 
-    data = CacheDataset(CacheReader("cache/"), seed=0)
+    data = CacheDataset("cache/", seed=0)
     Trainer(model, args, train_dataset=data, data_collator=SparseKDCollator())     # of an `attach_sparse_kd` model
 
 Shapes: B rows, L tokens, K kept ids.

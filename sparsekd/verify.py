@@ -1,7 +1,7 @@
 """Verify: every byte of a cache against what it says of itself.
 
-report = verify("cache/")
-report.problems             # one sentence each, none where all is sound
+    report = verify("cache/")
+    report.problems             # one sentence each, none where all is sound
 """
 
 from __future__ import annotations
