@@ -2,6 +2,8 @@
 
     report = verify("cache/")
     report.problems             # one sentence each, none where all is sound
+
+Nothing is written.
 """
 
 from __future__ import annotations
